@@ -1,0 +1,32 @@
+# `make run` and `make test` do all the set-up themselves, in the virtual environment VENV.
+PYTHON ?= python3
+VENV ?= .venv
+PROMPT ?= def
+
+.PHONY: run test check setup setup-dev clean
+
+run: setup
+	$(VENV)/bin/ferrum-rt run "$(PROMPT) "
+
+test: setup-dev
+	$(VENV)/bin/python -m pytest
+
+check: setup-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+setup: $(VENV)/.ready
+setup-dev: $(VENV)/.ready-dev
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,hub]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache

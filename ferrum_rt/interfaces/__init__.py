@@ -1,0 +1,1 @@
+"""The contracts: data, enums and Protocols. Standard library and msgspec only."""

@@ -1,0 +1,209 @@
+"""What an engine is opened with. Frozen: nothing here is changed after the start, and what is derived lives elsewhere."""
+
+import difflib
+import math
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import msgspec
+
+from ferrum_rt.interfaces.errors import ConfigError
+from ferrum_rt.interfaces.kv_dtype import KvDtypeKind
+from ferrum_rt.interfaces.types import DataType, Device
+
+
+class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How text becomes tokens. ``add_special_tokens`` lets the tokenizer put its own (such as BOS) around a text prompt."""
+
+    add_special_tokens: bool = True
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which model. ``source`` is a directory or a hub id; None is the demo model. ``dummy`` loads random weights.
+
+    ``max_model_len`` limits prompt and output together, in tokens; None takes the model's own limit, or what the KV
+    cache can hold if that is less.
+    """
+
+    source: str | None = None
+    load_format: Literal["auto", "dummy"] = "auto"
+    max_model_len: int | None = None
+    tokenizer: TokenizerConfig = TokenizerConfig()
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How many requests at once. Past ``max_waiting_requests`` a new one is refused with ResourceExhausted. At shutdown
+    those under way have ``drain_s`` seconds to finish."""
+
+    max_running_requests: int = 64
+    max_waiting_requests: int = 1024
+    drain_s: float = 10.0
+
+
+class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a request gets that does not say."""
+
+    max_tokens: int = 256
+
+
+class BackendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where to compute and in what type; ``dtype`` None takes the checkpoint's own."""
+
+    device: Device = Device.AUTO
+    dtype: DataType | None = None
+
+
+class KvCacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Pages of ``block_size`` tokens. ``num_pages`` None derives the number from the memory part; ``dtype`` None takes
+    the weights'. Clients see only prefixes of their own unless ``shared_prefixes`` is set: a hit is faster, so it tells
+    what others have asked."""
+
+    block_size: int = 16
+    num_pages: int | None = None
+    dtype: KvDtypeKind | None = None
+    prefix_caching: bool = True
+    shared_prefixes: bool = False
+
+
+class MemoryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``kv_cache_bytes`` bounds the page pool. None: a quarter of the machine's available memory, at most what the
+    running requests could ever fill. The memory is touched only as pages are used."""
+
+    kv_cache_bytes: int | None = None
+
+
+class BatchingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``max_batched_tokens`` bounds one step; longer prompts are prefilled in chunks beside the decoding requests.
+    ``stream_capacity`` chunks may wait for a reader before its sequence is parked."""
+
+    max_batched_tokens: int = 512
+    stream_capacity: int = 64
+
+
+class MonitoringConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``progress`` draws a bar on standard error while a model loads, if that is a terminal."""
+
+    progress: bool = False
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The whole configuration, in parts."""
+
+    model: ModelConfig = ModelConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    sampling: SamplingDefaults = SamplingDefaults()
+    backend: BackendConfig = BackendConfig()
+    kv_cache: KvCacheConfig = KvCacheConfig()
+    memory: MemoryConfig = MemoryConfig()
+    batching: BatchingConfig = BatchingConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
+
+
+class ConfigFields(TypedDict, total=False):
+    """The keywords of open_runtime: EngineConfig's parts, as the Struct or a dict, and shortcuts."""
+
+    scheduler: SchedulerConfig | dict[str, Any]
+    sampling: SamplingDefaults | dict[str, Any]
+    backend: BackendConfig | dict[str, Any]
+    kv_cache: KvCacheConfig | dict[str, Any]
+    memory: MemoryConfig | dict[str, Any]
+    batching: BatchingConfig | dict[str, Any]
+    monitoring: MonitoringConfig | dict[str, Any]
+    device: str
+    dtype: str | None
+    kv_dtype: str | None
+    max_model_len: int | None
+    load_format: str
+
+
+# A shortcut keyword of open_runtime → the part and the field it stands for.
+_SHORTCUTS = {
+    "device": ("backend", "device"),
+    "dtype": ("backend", "dtype"),
+    "kv_dtype": ("kv_cache", "dtype"),
+    "max_model_len": ("model", "max_model_len"),
+    "load_format": ("model", "load_format"),
+}
+_POSITIVE = (
+    ("model", "max_model_len"),
+    ("scheduler", "max_running_requests"),
+    ("scheduler", "max_waiting_requests"),
+    ("sampling", "max_tokens"),
+    ("kv_cache", "block_size"),
+    ("kv_cache", "num_pages"),
+    ("memory", "kv_cache_bytes"),
+    ("batching", "max_batched_tokens"),
+    ("batching", "stream_capacity"),
+)
+
+
+def build_config(model: str | None, base: EngineConfig | None, fields: Mapping[str, Any]) -> EngineConfig:
+    """Lay ``model`` and the keyword ``fields`` (parts as Struct or dict, or shortcuts) over ``base``.
+
+    Raises ConfigError naming the key at fault, and the nearest valid one for an unknown key.
+    """
+    tree: dict[str, Any] = msgspec.to_builtins(base or EngineConfig())
+    for key, value in fields.items():
+        if key in _SHORTCUTS:
+            part, field = _SHORTCUTS[key]
+            tree[part][field] = value
+        elif key in tree:
+            given = msgspec.to_builtins(value)
+            if not isinstance(given, dict):
+                raise ConfigError(f"{key}: expected a dict or a Struct, got {value!r}")
+            _check_keys(given, tree[key], key)
+            tree[key] |= given
+        else:
+            raise ConfigError(_unknown(key, [*tree, *_SHORTCUTS], key))
+    if model is not None:
+        tree["model"]["source"] = str(model)
+    return _convert(tree)
+
+
+def load_config(path: Path) -> EngineConfig:
+    """Read an EngineConfig from a TOML file with one table per part."""
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    try:
+        return build_config(None, None, tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _convert(tree: dict[str, Any]) -> EngineConfig:
+    try:
+        config = msgspec.convert(tree, EngineConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(str(error).replace("`$.", "`")) from error
+    for part, field in _POSITIVE:
+        value = getattr(getattr(config, part), field)
+        if value is not None and value < 1:
+            raise ConfigError(f"{part}.{field} must be at least 1, got {value}")
+    tokens, requests = config.batching.max_batched_tokens, config.scheduler.max_running_requests
+    if tokens < requests:
+        raise ConfigError(
+            f"batching.max_batched_tokens ({tokens}) must be at least scheduler.max_running_requests ({requests}): each "
+            "running request decodes one token a step"
+        )
+    if not 0 <= config.scheduler.drain_s < math.inf:
+        raise ConfigError(f"scheduler.drain_s must be a number of seconds, got {config.scheduler.drain_s}")
+    return config
+
+
+def _check_keys(given: Mapping[str, Any], known: Mapping[str, Any], path: str) -> None:
+    for key, value in given.items():
+        if key not in known:
+            raise ConfigError(_unknown(key, known, f"{path}.{key}"))
+        if isinstance(value, dict) and isinstance(known[key], dict):
+            _check_keys(value, known[key], f"{path}.{key}")
+
+
+def _unknown(key: str, known: Any, path: str) -> str:
+    nearest = difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
+    return f"unknown configuration key {path!r}; did you mean {nearest[0]!r}?"

@@ -1,0 +1,41 @@
+"""The engine as its callers see it, in-process or over a socket. One Protocol per modality; text generation is the first."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol, Unpack
+
+from ferrum_rt.interfaces.config import EngineConfig
+from ferrum_rt.interfaces.errors import FerrumError
+from ferrum_rt.interfaces.requests import RequestFields
+from ferrum_rt.interfaces.types import (
+    EngineMetrics,
+    EngineStatus,
+    HealthStatus,
+    InferenceRequest,
+    InferenceResponse,
+    Prompt,
+    StreamChunk,
+)
+
+
+class InferenceEngine(Protocol):
+    """Text generation. A prompt is text, token ids or chat messages; ``fields`` are those of InferenceRequest and
+    SamplingParams, flat. Cancelling the calling task cancels the request."""
+
+    @property
+    def config(self) -> EngineConfig: ...
+
+    async def infer(self, prompt: Prompt | InferenceRequest, **fields: Unpack[RequestFields]) -> InferenceResponse: ...
+
+    def infer_stream(
+        self, prompt: Prompt | InferenceRequest, **fields: Unpack[RequestFields]
+    ) -> AbstractAsyncContextManager[AsyncIterator[StreamChunk]]: ...
+
+    async def infer_batch(
+        self, prompts: Sequence[Prompt | InferenceRequest], **fields: Unpack[RequestFields]
+    ) -> list[InferenceResponse | FerrumError]: ...
+
+    def metrics(self) -> EngineMetrics: ...
+    async def status(self) -> EngineStatus: ...
+    async def health_check(self) -> HealthStatus: ...
+    async def shutdown(self) -> None: ...

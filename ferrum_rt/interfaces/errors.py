@@ -1,0 +1,108 @@
+"""The errors a caller can meet: one tree, each with a stable ``code`` that is the same in-process and over the socket."""
+
+from typing import ClassVar
+
+
+class FerrumError(Exception):
+    """Base of every error this package raises on purpose. The message says what is wrong and what to do about it."""
+
+    code: ClassVar[str] = "ferrum_error"
+
+
+class ConfigError(FerrumError):
+    """The engine's configuration cannot work; raised before anything is started."""
+
+    code = "config_error"
+
+
+class ModelError(FerrumError):
+    """The model's files are missing, damaged or of a kind we do not run."""
+
+    code = "model_error"
+
+
+class TokenizerError(FerrumError):
+    """The tokenizer's files are missing or damaged, or text cannot be turned into tokens."""
+
+    code = "tokenizer_error"
+
+
+class BackendError(FerrumError):
+    """A kernel or the executor failed while it ran a step."""
+
+    code = "backend_error"
+
+
+class DeviceError(FerrumError):
+    """The device that was asked for is not there or cannot be used."""
+
+    code = "device_error"
+
+
+class RequestValidationError(FerrumError):
+    """A field of a request is wrong; the message names it."""
+
+    code = "request_validation_error"
+
+
+class ResourceExhausted(FerrumError):
+    """The engine is full. ``retry_after`` is an estimate in seconds of when to try again."""
+
+    code = "resource_exhausted"
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(FerrumError):
+    """The request's deadline passed before it had produced a token."""
+
+    code = "deadline_exceeded"
+
+
+class Cancelled(FerrumError):
+    """The engine cancelled the request, because it is shutting down."""
+
+    code = "cancelled"
+
+
+class NotFound(FerrumError):
+    """No request, session or model of that name exists."""
+
+    code = "not_found"
+
+
+class PermissionDenied(FerrumError):
+    """The caller may not do this."""
+
+    code = "permission_denied"
+
+
+class Unsupported(FerrumError):
+    """The request is sound, but this engine cannot do it."""
+
+    code = "unsupported"
+
+
+class InvalidFormat(FerrumError):
+    """Bytes or a file could not be understood."""
+
+    code = "invalid_format"
+
+
+class ConnectionLost(FerrumError):
+    """The daemon went away while a request was under way."""
+
+    code = "connection_lost"
+
+
+class EngineFailed(FerrumError):
+    """The engine met a fault that it cannot recover from; open a new one."""
+
+    code = "engine_failed"
+
+
+def error_classes() -> dict[str, type[FerrumError]]:
+    """Every error class by its code, so that the client can raise what the engine raised."""
+    return {cls.code: cls for cls in (FerrumError, *FerrumError.__subclasses__())}

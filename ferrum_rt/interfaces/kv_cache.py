@@ -1,0 +1,59 @@
+"""Pages of keys and values: who holds which, and what is shared."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from ferrum_rt.interfaces.types import PageCounts, RequestId, TokenId
+
+
+class BlockTable(msgspec.Struct):
+    """The pages of one sequence, in token order: token t lies in ``pages[t // block_size]``."""
+
+    pages: list[int] = []
+
+
+class AllocationRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Pages wanted for a sequence that starts (or starts again).
+
+    ``token_ids`` are all its known tokens, ``num_tokens`` how many need room now. Prefixes are shared only between
+    requests with the same ``salt``.
+    """
+
+    request_id: RequestId
+    token_ids: Sequence[TokenId]
+    num_tokens: int
+    salt: bytes = b""
+
+
+class KvCacheHandle(msgspec.Struct, eq=False, kw_only=True):
+    """A live sequence's claim on pages. The first ``num_cached_tokens`` were computed by somebody else before."""
+
+    request_id: RequestId
+    table: BlockTable
+    num_cached_tokens: int = 0
+    num_published: int = 0
+    digest: bytes = b""
+
+
+class CacheHandleStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters of the cache since its start, and the pages now."""
+
+    pages: PageCounts
+    lookups: int
+    hit_tokens: int
+    evictions: int
+
+
+class KvCacheManager(Protocol):
+    """Owns every page. Synchronous; ``None`` from ``allocate`` and False from ``extend`` mean too few pages are free."""
+
+    block_size: int
+
+    def allocate(self, request: AllocationRequest) -> KvCacheHandle | None: ...
+    def extend(self, handle: KvCacheHandle, num_tokens: int) -> bool: ...
+    def publish(self, handle: KvCacheHandle, token_ids: Sequence[TokenId], num_computed: int) -> None: ...
+    def deallocate(self, handle: KvCacheHandle) -> None: ...
+    def statistics(self) -> CacheHandleStats: ...
+    def gc(self) -> int: ...

@@ -1,0 +1,100 @@
+"""Running a model on a batch."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from ferrum_rt.interfaces.sampler import SamplingConfig
+from ferrum_rt.interfaces.types import MemoryUsage, ModelInfo, RequestId, TokenId
+
+
+class PrefillInput(msgspec.Struct):
+    """Known tokens of one sequence, to stand at positions ``start``, ``start + 1``, …; the last of them is sampled from
+    if ``sample`` is set (a chunk in the middle of a prompt is not)."""
+
+    slot: int
+    token_ids: list[TokenId]
+    start: int
+    sample: bool
+
+
+class DecodeInput(msgspec.Struct):
+    """The token that this slot sampled last, to stand at ``position``. Its value may still be on the device."""
+
+    slot: int
+    position: int
+
+
+class UnifiedBatch(msgspec.Struct):
+    """What one step computes: decodes and prefill chunks together, a sequence at most once."""
+
+    decodes: list[DecodeInput]
+    prefills: list[PrefillInput]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decodes) + sum(len(item.token_ids) for item in self.prefills)
+
+    def __bool__(self) -> bool:
+        return bool(self.decodes or self.prefills)
+
+
+class SlotAssignment(msgspec.Struct):
+    """From this step on ``slot`` belongs to a sequence of this request, whose pages so far are ``pages``."""
+
+    slot: int
+    request_id: RequestId
+    sampling: SamplingConfig
+    pages: list[int]
+
+
+class PageAppend(msgspec.Struct):
+    """From this step on ``page`` is number ``index`` in the slot's block table."""
+
+    slot: int
+    index: int
+    page: int
+
+
+class StepInput(msgspec.Struct):
+    """One step: first what changed in the slots, then the batch to run."""
+
+    assigned: list[SlotAssignment]
+    appended: list[PageAppend]
+    batch: UnifiedBatch
+
+
+class DecodeOutput(msgspec.Struct):
+    """The token sampled after a decode; None when the row's logits were not numbers."""
+
+    token_id: TokenId | None
+
+
+class PrefillOutput(msgspec.Struct):
+    """The token sampled after a prefill chunk; None when the row's logits were not numbers, or for a chunk that was not
+    to be sampled."""
+
+    token_id: TokenId | None
+
+
+class StepOutput(msgspec.Struct):
+    """Outputs in the order of the batch's inputs."""
+
+    decodes: Sequence[DecodeOutput]
+    prefills: Sequence[PrefillOutput]
+
+
+class ModelExecutor(Protocol):
+    """Runs steps in the order it is given them, all on one thread. The order is what makes it safe to give a page to
+    somebody else while the step that last wrote it has not run yet."""
+
+    model_info: ModelInfo
+    num_slots: int
+    num_pages: int
+
+    def execute(self, step: StepInput) -> StepOutput:
+        """Run one step to its end. Raises BackendError when the step as a whole failed."""
+        ...
+
+    def memory_usage(self) -> MemoryUsage: ...

@@ -1,0 +1,88 @@
+"""Choosing what the next step computes."""
+
+from typing import Protocol
+
+import msgspec
+
+from ferrum_rt.interfaces.errors import FerrumError
+from ferrum_rt.interfaces.model_executor import StepInput, StepOutput
+from ferrum_rt.interfaces.sampler import SamplingConfig
+from ferrum_rt.interfaces.types import BatchId, FinishReason, Priority, RequestId, SchedulerStats, TokenId
+
+
+class SequenceRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A tokenized request, ready to be scheduled. ``deadline`` is on the clock that BatchHint's ``now`` is read from."""
+
+    request_id: RequestId
+    token_ids: list[TokenId]
+    max_tokens: int
+    sampling: SamplingConfig
+    eos_token_ids: frozenset[TokenId] = frozenset()
+    stop_token_ids: frozenset[TokenId] = frozenset()
+    priority: Priority = Priority.NORMAL
+    deadline: float | None = None
+    salt: bytes = b""
+
+
+class BatchHint(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine loop tells the scheduler about the coming step: the time, and a bound on its tokens."""
+
+    now: float
+    max_tokens: int
+
+
+class BatchPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """A step to run. The scheduler wants it back with the output, in the order of planning."""
+
+    batch_id: BatchId
+    step: StepInput
+
+
+class SequenceUpdate(msgspec.Struct, kw_only=True):
+    """What became of one request: new tokens, and on its last update a reason or an error."""
+
+    request_id: RequestId
+    token_ids: list[TokenId]
+    finish_reason: FinishReason | None = None
+    error: FerrumError | None = None
+    num_cached_tokens: int = 0
+
+
+class Scheduler(Protocol):
+    """Synchronous and pure: it reads no clock, awaits nothing and touches no tensor.
+
+    ``plan`` may be called once more before the plan before it is committed (one step ahead), never twice more.
+    """
+
+    def submit(self, request: SequenceRequest) -> None:
+        """Queue a request. Raises RequestValidationError for one that could never fit, with the numbers."""
+        ...
+
+    def cancel(self, request_id: RequestId) -> bool:
+        """Drop a request and free its pages at once; False if it is not here (any more)."""
+        ...
+
+    def park(self, request_id: RequestId) -> None:
+        """Leave a sequence out of the coming steps; its pages stay unless others need them."""
+        ...
+
+    def unpark(self, request_id: RequestId) -> None: ...
+
+    def plan(self, hint: BatchHint) -> BatchPlan | None:
+        """The next step, or None when there is nothing to compute."""
+        ...
+
+    def commit(self, plan: BatchPlan, output: StepOutput) -> list[SequenceUpdate]:
+        """Take over what a step computed; returns what is new for each request."""
+        ...
+
+    def fail(self, plan: BatchPlan, error: FerrumError) -> list[SequenceUpdate]:
+        """End every request of a step that could not be run."""
+        ...
+
+    def expire(self, now: float) -> list[SequenceUpdate]:
+        """End the requests whose deadline has passed."""
+        ...
+
+    def next_deadline(self) -> float | None: ...
+    def statistics(self) -> SchedulerStats: ...

@@ -1,0 +1,325 @@
+"""Ids, requests, responses and reports: what passes between a caller and an engine."""
+
+import enum
+from collections.abc import Sequence
+from typing import Any, NewType
+
+import msgspec
+
+RequestId = NewType("RequestId", str)
+TokenId = NewType("TokenId", int)
+BatchId = NewType("BatchId", int)
+ClientId = NewType("ClientId", str)
+SessionId = NewType("SessionId", str)
+TaskId = NewType("TaskId", str)
+ModelId = NewType("ModelId", str)
+
+
+class DataType(enum.StrEnum):
+    """Element type of weights and activations."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class Device(enum.StrEnum):
+    """Where the model runs. ``auto`` takes CUDA where there is a GPU, else the CPU."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class FinishReason(enum.StrEnum):
+    """Why a generation ended. ``stop`` is a stop string or stop token, ``eos`` the model's own end token."""
+
+    LENGTH = "length"
+    STOP = "stop"
+    EOS = "eos"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+class Priority(enum.IntEnum):
+    """Urgency of a request; a higher one is admitted first and preempted last."""
+
+    LOW = 0
+    NORMAL = 1
+    HIGH = 2
+    CRITICAL = 3
+
+
+class ModelSource(enum.StrEnum):
+    """Where a model's files come from."""
+
+    DEMO = "demo"
+    DIRECTORY = "directory"
+    HUB = "hub"
+
+
+class ModelType(enum.StrEnum):
+    """The decoder families, by the ``model_type`` of their config.json."""
+
+    LLAMA = "llama"
+    MISTRAL = "mistral"
+    QWEN2 = "qwen2"
+    QWEN3 = "qwen3"
+    PHI3 = "phi3"
+    GEMMA2 = "gemma2"
+    GEMMA3 = "gemma3_text"
+    MIXTRAL = "mixtral"
+    QWEN3_MOE = "qwen3_moe"
+
+
+class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """One turn of a conversation; the model's chat template turns a list of them into a prompt."""
+
+    role: str
+    content: str
+
+
+Prompt = str | Sequence[int | ChatMessage]
+"""Text, token ids, or chat messages (a sequence holds either ids or messages, never both)."""
+
+
+class Mirostat(msgspec.Struct, frozen=True, kw_only=True):
+    """Mirostat v2 (arXiv:2007.14966): keeps the surprise of sampled tokens near ``tau`` bits, learning at rate ``eta``."""
+
+    tau: float = 5.0
+    eta: float = 0.1
+
+
+class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True):
+    """Shape the output must have. ``definition`` is the schema, the regular expression or the grammar."""
+
+    type: str = "text"
+    definition: str | None = None
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How to choose tokens and when to stop. A field left at None takes the model's generation_config.json, else neutral.
+
+    Probabilities are in [0, 1]; ``temperature`` 0 is greedy; ``top_k`` 0 keeps every token.
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float = 1.0
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    seed: int | None = None
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    skip_special_tokens: bool = True
+    include_stop: bool = False
+    response_format: ResponseFormat | None = None
+    mirostat: Mirostat | None = None
+
+
+class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One generation to do. ``deadline_s`` counts seconds from submission; ``client_id`` is who pays for it.
+
+    An ``id`` that is left empty is chosen by the engine.
+    """
+
+    prompt: Prompt
+    id: RequestId = RequestId("")
+    model_id: ModelId | None = None
+    sampling_params: SamplingParams = SamplingParams()
+    priority: Priority = Priority.NORMAL
+    client_id: ClientId = ClientId("default")
+    session_id: SessionId | None = None
+    deadline_s: float | None = None
+    metadata: dict[str, str] = {}
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Token counts of one request. ``cached_tokens`` of the prompt came from the prefix cache."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+class Logprob(msgspec.Struct, frozen=True, kw_only=True):
+    """A candidate token and the natural logarithm of its probability."""
+
+    token_id: TokenId
+    token: str
+    logprob: float
+
+
+class StreamChunk(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step added to one output. The last chunk of an output has a ``finish_reason`` and ``usage``."""
+
+    request_id: RequestId
+    index: int = 0
+    text: str = ""
+    token_ids: list[TokenId] = []
+    logprobs: list[list[Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+class Output(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the ``n`` outputs of a request."""
+
+    index: int
+    text: str
+    token_ids: list[TokenId]
+    finish_reason: FinishReason
+    logprobs: list[list[Logprob]] | None = None
+
+
+class RequestMetrics(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds from submission: until the first step that ran it, until its first token, until its end."""
+
+    queue_s: float
+    ttft_s: float
+    total_s: float
+
+
+class InferenceResponse(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished generation. ``outputs`` holds all of them when ``n`` is more than 1; the other fields are the first's."""
+
+    request_id: RequestId
+    text: str
+    token_ids: list[TokenId]
+    finish_reason: FinishReason
+    usage: Usage
+    logprobs: list[list[Logprob]] | None = None
+    outputs: list[Output] = []
+    metrics: RequestMetrics | None = None
+
+
+class SpecialTokens(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens with a meaning of their own; a model may have several that end a text."""
+
+    bos: TokenId | None = None
+    eos: tuple[TokenId, ...] = ()
+    pad: TokenId | None = None
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """The loaded model. ``num_parameters`` counts a tied embedding once."""
+
+    id: ModelId
+    type: ModelType
+    num_parameters: int
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    max_model_len: int
+    dtype: DataType
+    device: Device
+
+
+class EngineState(enum.StrEnum):
+    """The life of an engine."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+class RequestCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests by what became of them; the first three are now, the others since the start."""
+
+    running: int
+    waiting: int
+    parked: int
+    finished: int
+    failed: int
+    cancelled: int
+    rejected: int
+
+
+class PageCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """KV pages by state: total = free + active (held by a live request) + cached (held by the prefix cache alone)."""
+
+    total: int
+    free: int
+    active: int
+    cached: int
+
+
+class MemoryUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes."""
+
+    weights: int
+    kv_cache: int
+
+
+class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot of the engine."""
+
+    state: EngineState
+    model: ModelInfo | None
+    uptime_s: float
+    requests: RequestCounts
+    pages: PageCounts
+    memory: MemoryUsage
+
+
+class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The scheduler's queues and what it has done since the start."""
+
+    running: int
+    waiting: int
+    parked: int
+    preemptions: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    pages: PageCounts
+
+
+class EngineMetrics(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters since the start. ``step_s`` is time in the executor, ``host_s`` time spent planning and committing."""
+
+    steps: int
+    step_s: float
+    host_s: float
+    scheduler: SchedulerStats
+
+
+class ComponentHealth(msgspec.Struct, frozen=True, kw_only=True):
+    """One component; ``detail`` says what is wrong with an unhealthy one."""
+
+    healthy: bool
+    detail: str = ""
+
+
+class ComponentStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Health by component name."""
+
+    components: dict[str, ComponentHealth]
+
+
+class HealthStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """``healthy`` when every component is."""
+
+    healthy: bool
+    status: ComponentStatus
+
+
+def to_builtins(value: msgspec.Struct) -> dict[str, Any]:
+    """The Struct as plain dicts and lists, ready for JSON."""
+    result: dict[str, Any] = msgspec.to_builtins(value)
+    return result

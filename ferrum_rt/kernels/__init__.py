@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: no request and no scheduler is known here."""

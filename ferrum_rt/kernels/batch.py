@@ -1,0 +1,53 @@
+"""The tensors of one step, as every backend gets them."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class QuerySpan(NamedTuple):
+    """The rows of one sequence: ``count`` tokens from row ``row`` on, standing at positions ``start`` and following."""
+
+    slot: int
+    row: int
+    count: int
+    start: int
+
+
+@dataclass(slots=True)
+class TokenBatch:
+    """N tokens of several sequences, R of which are sampled from. All tensors are int64.
+
+    ``token_ids``, ``positions`` and ``kv_slots`` (the row in a layer's pages that each token's K/V goes to) are [N];
+    ``logit_rows`` is [R]; ``block_tables`` [slots, pages] and ``block_size`` say where a slot's earlier tokens lie.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    kv_slots: Tensor
+    logit_rows: Tensor
+    spans: list[QuerySpan]
+    block_tables: Tensor
+    block_size: int
+
+
+@dataclass(slots=True)
+class KvPages:
+    """The KvLayer of torch backends: keys and values [pages * block_size, kv heads, head dim]."""
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+
+
+def allocate_pages(num_tokens: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: str) -> KvPages:
+    """One layer's pages for ``num_tokens`` tokens, zeroed; int8 pages come with scales."""
+    shape = (num_tokens, num_kv_heads, head_dim)
+    keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+    if dtype != torch.int8:
+        return KvPages(keys, values)
+    key_scales, value_scales = (torch.zeros(shape[:2], dtype=torch.float32, device=device) for _ in range(2))
+    return KvPages(keys, values, key_scales, value_scales)

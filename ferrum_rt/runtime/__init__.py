@@ -1,0 +1,1 @@
+"""The tasks and what they own: from a request to its stream of chunks."""

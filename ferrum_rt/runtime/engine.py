@@ -1,0 +1,115 @@
+"""The engine loop: plan, launch, commit the step before, emit."""
+
+import time
+from collections.abc import Callable
+
+import anyio
+import msgspec
+from anyio.streams.memory import MemoryObjectSendStream
+
+from ferrum_rt.interfaces.errors import BackendError, FerrumError
+from ferrum_rt.interfaces.model_executor import ModelExecutor, StepOutput
+from ferrum_rt.interfaces.scheduler import BatchHint, BatchPlan, Scheduler, SequenceUpdate
+from ferrum_rt.interfaces.types import RequestId
+from ferrum_rt.runtime.worker import Job, Worker
+
+
+class EngineCounters(msgspec.Struct):
+    """Since the start, in seconds where not counts."""
+
+    steps: int = 0
+    step_s: float = 0.0
+    host_s: float = 0.0
+
+
+class _Launched(msgspec.Struct):
+    plan: BatchPlan
+    job: Job[StepOutput]
+
+
+class EngineLoop:
+    """Runs one step ahead: step N+1 is planned and launched before N is committed. ``updates`` takes what each step
+    brought; ``on_start`` hears of a request when the first step with it is launched."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: ModelExecutor,
+        worker: Worker,
+        updates: MemoryObjectSendStream[list[SequenceUpdate]],
+        *,
+        max_batched_tokens: int,
+        on_start: Callable[[RequestId], None],
+    ) -> None:
+        self.counters = EngineCounters()
+        self._scheduler, self._executor, self._worker = scheduler, executor, worker
+        self._updates = updates
+        self._max_batched_tokens = max_batched_tokens
+        self._on_start = on_start
+        self._work = anyio.Event()
+
+    def notify(self) -> None:
+        """The scheduler has something new to look at."""
+        self._work.set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        in_flight: _Launched | None = None
+        with self._updates:
+            while True:
+                await self._emit(self._scheduler.expire(time.monotonic()))
+                launched = self._launch()
+                if in_flight is not None:
+                    await self._land(in_flight)
+                elif launched is None:
+                    await self._wait_for_work()
+                in_flight = launched
+
+    def _launch(self) -> _Launched | None:
+        began = time.perf_counter()
+        plan = self._scheduler.plan(BatchHint(now=time.monotonic(), max_tokens=self._max_batched_tokens))
+        if plan is None:
+            return None
+        job = self._worker.submit(lambda: self._execute(plan))
+        for assigned in plan.step.assigned:
+            self._on_start(assigned.request_id)
+        self.counters.host_s += time.perf_counter() - began
+        return _Launched(plan, job)
+
+    def _execute(self, plan: BatchPlan) -> StepOutput:
+        """In the worker thread."""
+        began = time.perf_counter()
+        output = self._executor.execute(plan.step)
+        self.counters.step_s += time.perf_counter() - began
+        return output
+
+    async def _land(self, launched: _Launched) -> None:
+        try:
+            output = await launched.job.wait()
+        except Exception as error:  # whatever a kernel raises ends the requests of its step, not the engine
+            updates = self._scheduler.fail(launched.plan, _as_ferrum_error(error))
+        else:
+            began = time.perf_counter()
+            updates = self._scheduler.commit(launched.plan, output)
+            self.counters.host_s += time.perf_counter() - began
+        self.counters.steps += 1
+        await self._emit(updates)
+
+    async def _emit(self, updates: list[SequenceUpdate]) -> None:
+        if updates:
+            await self._updates.send(updates)
+
+    async def _wait_for_work(self) -> None:
+        deadline = self._scheduler.next_deadline()
+        limit = None if deadline is None else max(0.0, deadline - time.monotonic())
+        with anyio.move_on_after(limit):
+            await self._work.wait()
+        self._work = anyio.Event()
+
+
+def _as_ferrum_error(error: Exception) -> FerrumError:
+    if isinstance(error, FerrumError):
+        return error
+    failure = BackendError(f"the executor failed in this request's step: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure

@@ -1,0 +1,101 @@
+"""The ModelExecutor: slots, pages, the decoder and the sampler, on one thread and one device."""
+
+import torch
+from torch import Tensor
+
+from ferrum_rt.interfaces.model_executor import DecodeOutput, PrefillOutput, StepInput, StepOutput, UnifiedBatch
+from ferrum_rt.interfaces.sampler import Sampler, SamplingContext
+from ferrum_rt.interfaces.types import MemoryUsage, ModelInfo
+from ferrum_rt.kernels.batch import KvPages, QuerySpan, TokenBatch
+from ferrum_rt.runtime.models.decoder import Decoder
+
+
+class DecoderExecutor:
+    """Keeps, for each slot, its block table and the token it sampled last; a step brings only what changed."""
+
+    def __init__(
+        self,
+        model_info: ModelInfo,
+        decoder: Decoder,
+        sampler: Sampler,
+        cache: list[KvPages],
+        *,
+        num_slots: int,
+        num_pages: int,
+        block_size: int,
+    ) -> None:
+        self.model_info = model_info
+        self.num_slots = num_slots
+        self.num_pages = num_pages
+        self._decoder, self._sampler, self._cache = decoder, sampler, cache
+        self._block_size = block_size
+        pages_per_slot = -(-model_info.max_model_len // block_size)
+        self._block_tables = decoder.ops.zeros((num_slots, pages_per_slot), torch.int64)
+        self._last_tokens = decoder.ops.zeros((num_slots,), torch.int64)
+
+    @torch.inference_mode()
+    def execute(self, step: StepInput) -> StepOutput:
+        """Run one step to its end."""
+        for assigned in step.assigned:
+            pages = torch.tensor(assigned.pages)
+            self._block_tables[assigned.slot, : len(pages)] = pages
+            self._sampler.assign(assigned.slot, assigned.sampling)
+        if step.appended:
+            slots, indices, pages = zip(*((item.slot, item.index, item.page) for item in step.appended), strict=True)
+            self._block_tables[list(slots), list(indices)] = torch.tensor(pages)
+
+        batch, sampled = self._batch(step.batch)
+        logits = self._decoder.forward(batch, self._cache)
+        tokens = self._sampler.sample(logits, sampled)
+
+        self._last_tokens[list(sampled.slots)] = torch.tensor([token or 0 for token in tokens], dtype=torch.int64)
+        following = iter(tokens)
+        return StepOutput(
+            [DecodeOutput(next(following)) for _ in step.batch.decodes],
+            [PrefillOutput(next(following) if item.sample else None) for item in step.batch.prefills],
+        )
+
+    def memory_usage(self) -> MemoryUsage:
+        tensors = (
+            tensor
+            for pages in self._cache
+            for tensor in (pages.keys, pages.values, pages.key_scales, pages.value_scales)
+            if tensor is not None
+        )
+        return MemoryUsage(weights=self._decoder.weights.num_bytes, kv_cache=sum(tensor.nbytes for tensor in tensors))
+
+    def _batch(self, items: UnifiedBatch) -> tuple[TokenBatch, SamplingContext]:
+        """Rows in the order of the batch: a row per decode, then each prefill's rows."""
+        spans = [QuerySpan(item.slot, row, 1, item.position) for row, item in enumerate(items.decodes)]
+        slots = [item.slot for item in items.decodes]
+        positions = [item.position for item in items.decodes]
+        logit_rows = list(range(len(slots)))
+        sampled_slots, sampled_positions = list(slots), [position + 1 for position in positions]
+        known: list[int] = []
+        row = len(slots)
+        for item in items.prefills:
+            count, end = len(item.token_ids), item.start + len(item.token_ids)
+            spans.append(QuerySpan(item.slot, row, count, item.start))
+            known.extend(item.token_ids)
+            slots.extend([item.slot] * count)
+            positions.extend(range(item.start, end))
+            row += count
+            if item.sample:
+                logit_rows.append(row - 1)
+                sampled_slots.append(item.slot)
+                sampled_positions.append(end)
+        decoded = self._last_tokens[slots[: len(items.decodes)]]
+        at = torch.tensor(positions)
+        batch = TokenBatch(
+            token_ids=torch.cat([decoded, torch.tensor(known, dtype=torch.int64)]),
+            positions=at,
+            kv_slots=self._kv_slots(torch.tensor(slots), at),
+            logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
+            spans=spans,
+            block_tables=self._block_tables,
+            block_size=self._block_size,
+        )
+        return batch, SamplingContext(slots=sampled_slots, positions=sampled_positions)
+
+    def _kv_slots(self, slots: Tensor, positions: Tensor) -> Tensor:
+        return self._block_tables[slots, positions // self._block_size] * self._block_size + positions % self._block_size

@@ -1,0 +1,1 @@
+"""Decoder models: families as data, one forward for all."""

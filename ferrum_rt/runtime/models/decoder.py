@@ -1,0 +1,251 @@
+"""The one decoder. A model family is a DecoderSpec; a device is a TensorOps."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ferrum_rt.interfaces.tensor import TensorOps
+from ferrum_rt.kernels.batch import KvPages, TokenBatch
+from ferrum_rt.runtime.models.families import DecoderSpec, MoeSpec, Part, decoder_parts, layer_parts
+from ferrum_rt.runtime.models.rope import RopeSpec, cos_sin_table
+from ferrum_rt.runtime.models.weights import WeightReader
+
+
+@dataclass(slots=True)
+class DenseMlp:
+    gate_up: Any
+    down: Any
+
+
+@dataclass(slots=True)
+class MoeMlp:
+    router: Any
+    experts: list[tuple[Any, Any]]
+
+
+@dataclass(slots=True)
+class Layer:
+    """One layer's weights; a norm is None where the family has none there."""
+
+    qkv: Any
+    o: Any
+    mlp: DenseMlp | MoeMlp
+    attn_in_norm: Tensor
+    mlp_in_norm: Tensor
+    attn_out_norm: Tensor | None
+    mlp_out_norm: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    cos_sin: Tensor
+    window: int | None
+
+
+@dataclass(slots=True)
+class Weights:
+    """A whole model, ready for a backend. ``num_bytes`` counts what was read."""
+
+    embed: Tensor
+    lm_head: Any
+    norm: Tensor
+    layers: list[Layer]
+    num_parameters: int
+    num_bytes: int
+
+
+def load_weights(
+    spec: DecoderSpec,
+    reader: WeightReader,
+    ops: TensorOps[Tensor],
+    dtype: torch.dtype,
+    max_model_len: int,
+    progress: Callable[[int, int], None],
+) -> Weights:
+    """Check every tensor, then read them. ``progress`` is told the layers done and the layers there are."""
+    outer = decoder_parts(spec)
+    by_layer = [layer_parts(spec, index) for index in range(len(spec.layers))]
+    reader.check([*outer.values(), *(part for parts in by_layer for part in parts.values())])
+    loader = _Loader(spec, reader, ops, dtype, max_model_len)
+    layers = []
+    for index, parts in enumerate(by_layer):
+        progress(index, len(by_layer))
+        layers.append(loader.layer(index, parts))
+    embed = loader.tensor(outer["embed"])
+    lm_head = ops.pack_linear(embed, None) if spec.is_tied else loader.linear(outer, "lm_head")
+    norm = loader.norm(outer, "norm")
+    progress(len(by_layer), len(by_layer))
+    assert norm is not None  # every family has a final norm
+    return Weights(embed, lm_head, norm, layers, loader.num_parameters, loader.num_parameters * dtype.itemsize)
+
+
+class _Loader:
+    """Turns parts of a checkpoint into what the ops want."""
+
+    def __init__(
+        self, spec: DecoderSpec, reader: WeightReader, ops: TensorOps[Tensor], dtype: torch.dtype, max_model_len: int
+    ) -> None:
+        self._spec, self._reader, self._ops, self._dtype = spec, reader, ops, dtype
+        self._max_model_len = max_model_len
+        self._tables: list[tuple[RopeSpec, Tensor]] = []
+        self.num_parameters = 0
+
+    def layer(self, index: int, parts: dict[str, Part]) -> Layer:
+        spec = self._spec.layers[index]
+        return Layer(
+            qkv=self.linear(parts, "qkv"),
+            o=self.linear(parts, "o"),
+            mlp=self._moe(parts, self._spec.moe) if self._spec.moe and spec.is_moe else self._dense(parts),
+            attn_in_norm=self._needed_norm(parts, "attn_in_norm"),
+            mlp_in_norm=self._needed_norm(parts, "mlp_in_norm"),
+            attn_out_norm=self.norm(parts, "attn_out_norm"),
+            mlp_out_norm=self.norm(parts, "mlp_out_norm"),
+            q_norm=self.norm(parts, "q_norm"),
+            k_norm=self.norm(parts, "k_norm"),
+            cos_sin=self._cos_sin(spec.rope),
+            window=spec.window,
+        )
+
+    def tensor(self, part: Part) -> Tensor:
+        weight = self._reader.read(part, self._dtype)
+        self.num_parameters += weight.numel()
+        return weight
+
+    def linear(self, parts: dict[str, Part], name: str) -> Any:
+        bias = parts.get(name + "_bias")
+        return self._ops.pack_linear(self.tensor(parts[name]), self.tensor(bias) if bias else None)
+
+    def norm(self, parts: dict[str, Part], name: str) -> Tensor | None:
+        """Norm weights stay in float32: they are few, and 1 + w would lose w's low bits in less."""
+        if name not in parts:
+            return None
+        weight = self._reader.read(parts[name], torch.float32)
+        self.num_parameters += weight.numel()
+        return weight + self._spec.norm_offset
+
+    def _needed_norm(self, parts: dict[str, Part], name: str) -> Tensor:
+        weight = self.norm(parts, name)
+        assert weight is not None
+        return weight
+
+    def _dense(self, parts: dict[str, Part]) -> DenseMlp:
+        return DenseMlp(self.linear(parts, "gate_up"), self.linear(parts, "down"))
+
+    def _moe(self, parts: dict[str, Part], moe: MoeSpec) -> MoeMlp:
+        experts = [
+            (self.linear(parts, f"expert_{index}_gate_up"), self.linear(parts, f"expert_{index}_down"))
+            for index in range(moe.num_experts)
+        ]
+        return MoeMlp(self.linear(parts, "router"), experts)
+
+    def _cos_sin(self, rope: RopeSpec) -> Tensor:
+        for known, table in self._tables:
+            if known == rope:
+                return table
+        table = cos_sin_table(rope, self._max_model_len)
+        self._tables.append((rope, table))
+        return table
+
+
+class Decoder:
+    """Runs batches of up to ``max_tokens`` tokens, of which up to ``max_rows`` are sampled from, in buffers of its own."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        weights: Weights,
+        ops: TensorOps[Tensor],
+        dtype: torch.dtype,
+        max_tokens: int,
+        max_rows: int,
+    ) -> None:
+        self.spec, self.weights, self.ops = spec, weights, ops
+        q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        wide = spec.intermediate_size
+        self._residual, self._x, self._y = (ops.empty((max_tokens, spec.hidden_size), dtype) for _ in range(3))
+        self._qkv = ops.empty((max_tokens, q + 2 * kv), dtype)
+        self._attended = ops.empty((max_tokens, q), dtype)
+        self._gate_up = ops.empty((max_tokens, 2 * wide), dtype)
+        self._activated = ops.empty((max_tokens, wide), dtype)
+        self._router = ops.empty((max_tokens, spec.moe.num_experts if spec.moe else 0), dtype)
+        self._last = ops.empty((max_rows, spec.hidden_size), dtype)
+        self._logits = ops.empty((max_rows, spec.vocab_size), dtype)
+
+    def forward(self, batch: TokenBatch, cache: list[KvPages]) -> Tensor:
+        """Logits [R, vocabulary], valid until the next call. ``cache`` has a KvPages per layer."""
+        ops, spec, eps = self.ops, self.spec, self.spec.norm_eps
+        num_tokens, num_rows = len(batch.token_ids), len(batch.logit_rows)
+        residual, x, y = self._residual[:num_tokens], self._x[:num_tokens], self._y[:num_tokens]
+        plan = ops.plan_attention(batch)
+
+        ops.embed(residual, batch.token_ids, self.weights.embed, spec.embed_scale)
+        for index, layer in enumerate(self.weights.layers):
+            if index == 0:
+                ops.rms_norm(x, residual, layer.attn_in_norm, eps)
+            else:
+                ops.add_rms_norm(x, residual, y, layer.attn_in_norm, eps)
+            self._attention(y, x, layer, cache[index], batch, plan)
+            if layer.attn_out_norm is not None:
+                ops.rms_norm(y, y, layer.attn_out_norm, eps)
+            ops.add_rms_norm(x, residual, y, layer.mlp_in_norm, eps)
+            self._mlp(y, x, layer.mlp)
+            if layer.mlp_out_norm is not None:
+                ops.rms_norm(y, y, layer.mlp_out_norm, eps)
+        ops.add_rms_norm(x, residual, y, self.weights.norm, eps)
+
+        last, logits = self._last[:num_rows], self._logits[:num_rows]
+        ops.gather_rows(last, x, batch.logit_rows)
+        ops.linear(logits, last, self.weights.lm_head)
+        if spec.final_soft_cap is not None:
+            ops.soft_cap(logits, spec.final_soft_cap)
+        return logits
+
+    def _attention(self, out: Tensor, x: Tensor, layer: Layer, pages: KvPages, batch: TokenBatch, plan: Any) -> None:
+        ops, spec = self.ops, self.spec
+        qkv, attended = self._qkv[: len(x)], self._attended[: len(x)]
+        ops.linear(qkv, x, layer.qkv)
+        q, k, v = self._heads(qkv)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            ops.rms_norm(q, q, layer.q_norm, spec.norm_eps)
+            ops.rms_norm(k, k, layer.k_norm, spec.norm_eps)
+        ops.rope(q, k, batch.positions, layer.cos_sin)
+        ops.append_kv(pages, k, v, batch.kv_slots)
+        ops.attention(
+            attended,
+            q,
+            pages,
+            plan,
+            scale=spec.attention_scale,
+            window=layer.window,
+            soft_cap=spec.attention_soft_cap,
+        )
+        ops.linear(out, attended, layer.o)
+
+    def _mlp(self, out: Tensor, x: Tensor, mlp: DenseMlp | MoeMlp) -> None:
+        ops, spec = self.ops, self.spec
+        if isinstance(mlp, DenseMlp):
+            gate_up, activated = self._gate_up[: len(x)], self._activated[: len(x)]
+            ops.linear(gate_up, x, mlp.gate_up)
+            ops.gated_activation(activated, gate_up, spec.activation)
+            ops.linear(out, activated, mlp.down)
+            return
+        assert spec.moe is not None  # a MoeMlp is only made from one
+        router = self._router[: len(x)]
+        ops.linear(router, x, mlp.router)
+        ops.mixture_of_experts(
+            out,
+            x,
+            router,
+            mlp.experts,
+            top_k=spec.moe.top_k,
+            renormalize=spec.moe.renormalize,
+            kind=spec.activation,
+        )
+
+    def _heads(self, qkv: Tensor) -> Iterator[Tensor]:
+        """Views [N, heads, dim] of the queries, keys and values in a row of the fused projection."""
+        spec = self.spec
+        counts = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+        parts = qkv.split([count * spec.head_dim for count in counts], dim=-1)
+        return (part.view(len(qkv), count, spec.head_dim) for part, count in zip(parts, counts, strict=True))

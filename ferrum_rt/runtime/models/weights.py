@@ -1,0 +1,101 @@
+"""Reading weights: safetensors files, memory-mapped, or random numbers.
+
+Every tensor a model needs is looked up in the files' headers, with its shape, before the first one is read.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ferrum_rt.interfaces.errors import ModelError
+from ferrum_rt.runtime.models.families import Part
+
+
+class WeightReader(Protocol):
+    """Where weights come from."""
+
+    def check(self, parts: Iterable[Part]) -> None:
+        """Raise ModelError unless every tensor is there with its shape."""
+        ...
+
+    def read(self, part: Part, dtype: torch.dtype) -> Tensor:
+        """The part's tensors, one below the other, in memory of their own."""
+        ...
+
+
+class CheckpointReader:
+    """A directory with model.safetensors, or with shards and their index."""
+
+    def __init__(self, directory: Path) -> None:
+        self._files: dict[Path, Any] = {}
+        self._where = self._locate(directory)
+
+    def check(self, parts: Iterable[Part]) -> None:
+        for part in parts:
+            for name, shape in zip(part.names, part.shapes, strict=True):
+                path = self._where.get(name)
+                if path is None:
+                    listed = ", ".join(sorted({file.name for file in self._files}))
+                    raise ModelError(f"{listed}: the tensor {name!r} is missing")
+                try:
+                    found = tuple(self._files[path].get_slice(name).get_shape())
+                except SafetensorError as error:
+                    raise ModelError(f"{path}: the tensor {name!r} is listed in the index but not here") from error
+                if found != shape:
+                    raise ModelError(f"{path}: the tensor {name!r} has shape {list(found)}, expected {list(shape)}")
+
+    def read(self, part: Part, dtype: torch.dtype) -> Tensor:
+        rows = sum(shape[0] for shape in part.shapes)
+        result = torch.empty((rows, *part.shapes[0][1:]), dtype=dtype)
+        row = 0
+        for name, shape in zip(part.names, part.shapes, strict=True):
+            result[row : row + shape[0]].copy_(self._files[self._where[name]].get_tensor(name))
+            row += shape[0]
+        return result
+
+    def _locate(self, directory: Path) -> dict[str, Path]:
+        index = directory / "model.safetensors.index.json"
+        if index.is_file():
+            try:
+                listed = json.loads(index.read_bytes())["weight_map"]
+                where = {str(name): directory / str(file) for name, file in listed.items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ModelError(f"{index}: not a valid index of shards: {error!r}") from error
+            for path in sorted(set(where.values())):
+                if path.parent != directory:
+                    raise ModelError(f"{index}: the shard {path} lies outside the model's directory")
+                self._open(path)
+            return where
+        path = directory / "model.safetensors"
+        return dict.fromkeys(self._open(path), path)
+
+    def _open(self, path: Path) -> list[str]:
+        if not path.is_file():
+            raise ModelError(f"{path}: no such file; weights are read from safetensors alone")
+        try:
+            self._files[path] = file = safe_open(path, framework="pt")  # type: ignore[no-untyped-call]
+            return list(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: damaged or truncated safetensors file: {error}") from error
+
+
+class DummyReader:
+    """Random weights of any shape, the same at each run; norms are 1 so that activations stay in range."""
+
+    def __init__(self, norm_offset: float) -> None:
+        self._norm = 1.0 - norm_offset
+        self._generator = torch.Generator().manual_seed(0)
+
+    def check(self, parts: Iterable[Part]) -> None:
+        pass
+
+    def read(self, part: Part, dtype: torch.dtype) -> Tensor:
+        shape = (sum(shape[0] for shape in part.shapes), *part.shapes[0][1:])
+        if part.names[0].endswith("norm.weight"):
+            return torch.full(shape, self._norm, dtype=dtype)
+        return torch.empty(shape, dtype=dtype).normal_(0.0, 0.02, generator=self._generator)

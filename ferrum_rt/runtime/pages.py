@@ -1,0 +1,207 @@
+"""The page ledger and the prefix cache. Synchronous; knows page numbers and token ids, never a tensor.
+
+Every page is in one of three states: *free*; *active*, held by the tables of ``refcount`` live sequences; or *cached*,
+held by nobody but published under the digest of its tokens, until it is hit again or evicted, least recently used first.
+
+A page's digest is keyed with a secret of this process and chained: it covers every token before the page too, and the
+salt that says who may share it. A hit also compares the tokens themselves.
+"""
+
+import hashlib
+import secrets
+from array import array
+from collections.abc import Sequence as Tokens
+
+import msgspec
+
+from ferrum_rt.interfaces.errors import EngineFailed
+from ferrum_rt.interfaces.kv_cache import AllocationRequest, BlockTable, CacheHandleStats, KvCacheHandle
+from ferrum_rt.interfaces.types import PageCounts, RequestId, TokenId
+
+
+class _Published(msgspec.Struct, frozen=True):
+    digest: bytes
+    tokens: bytes
+
+
+class PagedKvCache:
+    """The KvCacheManager: ``num_pages`` pages of ``block_size`` tokens."""
+
+    def __init__(self, num_pages: int, block_size: int, *, prefix_caching: bool = True) -> None:
+        self.block_size = block_size
+        self._total = num_pages
+        self._prefix_caching = prefix_caching
+        self._key = secrets.token_bytes(32)
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._refcounts = [0] * num_pages
+        self._num_active = 0
+        self._handles: dict[RequestId, KvCacheHandle] = {}
+        self._published: dict[int, _Published] = {}
+        self._by_digest: dict[bytes, int] = {}
+        self._cached: dict[int, None] = {}  # least recently used first
+        self._lookups = 0
+        self._hit_tokens = 0
+        self._evictions = 0
+
+    @property
+    def num_available(self) -> int:
+        """Pages that can be had now, by taking a free one or evicting a cached one."""
+        return len(self._free) + len(self._cached)
+
+    def pages_for(self, num_tokens: int) -> int:
+        """How many pages hold ``num_tokens`` tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def allocate(self, request: AllocationRequest) -> KvCacheHandle | None:
+        """Claim the longest published prefix and room for the rest; None, with nothing changed, if too few pages are free.
+
+        At least one token is always left to compute: its logits are what the caller is after.
+        """
+        if request.request_id in self._handles:
+            raise EngineFailed(f"page ledger: {request.request_id} already holds pages")
+        pages, digest = self._match(request)
+        needed = self.pages_for(request.num_tokens) - len(pages)
+        if needed > self.num_available - sum(self._refcounts[page] == 0 for page in pages):
+            return None
+        for page in pages:
+            self._acquire(page)
+        hits = len(pages)
+        pages.extend(self._take() for _ in range(needed))
+        self._lookups += 1
+        self._hit_tokens += hits * self.block_size
+        handle = KvCacheHandle(
+            request_id=request.request_id,
+            table=BlockTable(pages),
+            num_cached_tokens=hits * self.block_size,
+            num_published=hits,
+            digest=digest,
+        )
+        self._handles[request.request_id] = handle
+        return handle
+
+    def extend(self, handle: KvCacheHandle, num_tokens: int) -> bool:
+        """Give the handle room for ``num_tokens`` tokens in all; False, with nothing changed, if too few pages are free."""
+        pages = handle.table.pages
+        needed = self.pages_for(num_tokens) - len(pages)
+        if needed > self.num_available:
+            return False
+        for _ in range(needed):
+            pages.append(self._take())
+        return True
+
+    def publish(self, handle: KvCacheHandle, token_ids: Tokens[TokenId], num_computed: int) -> None:
+        """Let others hit the full pages among the first ``num_computed`` tokens. Call it only once they are written."""
+        if not self._prefix_caching:
+            return
+        size = self.block_size
+        for index in range(handle.num_published, num_computed // size):
+            tokens = array("I", token_ids[index * size : (index + 1) * size]).tobytes()
+            handle.digest = self._chain(handle.digest, tokens)
+            handle.num_published = index + 1
+            # Where two sequences computed the same page at the same time, the first one stays published.
+            if handle.digest not in self._by_digest:
+                page = handle.table.pages[index]
+                self._by_digest[handle.digest] = page
+                self._published[page] = _Published(handle.digest, tokens)
+
+    def deallocate(self, handle: KvCacheHandle) -> None:
+        """Give up a handle's claim. Published pages stay cached, the end of the sequence to be evicted first."""
+        if self._handles.pop(handle.request_id, None) is not handle:
+            raise EngineFailed(f"page ledger: {handle.request_id} gives back pages that it does not hold")
+        for page in reversed(handle.table.pages):
+            self._release(page)
+        handle.table.pages = []
+        self._check_counts()
+
+    def gc(self) -> int:
+        """Evict every cached page; returns how many there were."""
+        count = len(self._cached)
+        while self._cached:
+            self._free.append(self._evict())
+        return count
+
+    def statistics(self) -> CacheHandleStats:
+        return CacheHandleStats(
+            pages=PageCounts(
+                total=self._total, free=len(self._free), active=self._num_active, cached=len(self._cached)
+            ),
+            lookups=self._lookups,
+            hit_tokens=self._hit_tokens,
+            evictions=self._evictions,
+        )
+
+    def verify(self) -> None:
+        """Check the whole ledger, in time linear in the pages; raises EngineFailed naming the first page that is wrong."""
+        held = [0] * self._total
+        for handle in self._handles.values():
+            for page in handle.table.pages:
+                held[page] += 1
+        free = set(self._free)
+        if len(free) != len(self._free):
+            raise EngineFailed("page ledger: a page is free twice")
+        for page, count in enumerate(held):
+            states = (count > 0) + (page in free) + (page in self._cached)
+            if self._refcounts[page] != count or states != 1:
+                raise EngineFailed(
+                    f"page ledger: page {page} is held by {count} tables, counted {self._refcounts[page]}, "
+                    f"free: {page in free}, cached: {page in self._cached}"
+                )
+        for digest, page in self._by_digest.items():
+            if page in free or self._published[page].digest != digest:
+                raise EngineFailed(f"page ledger: page {page} is published wrongly")
+        self._check_counts()
+
+    def _match(self, request: AllocationRequest) -> tuple[list[int], bytes]:
+        digest = hashlib.blake2b(request.salt, digest_size=16, key=self._key).digest()
+        pages: list[int] = []
+        if not self._prefix_caching:
+            return pages, digest
+        size = self.block_size
+        for start in range(0, len(request.token_ids) - size, size):
+            tokens = array("I", request.token_ids[start : start + size]).tobytes()
+            following = self._chain(digest, tokens)
+            page = self._by_digest.get(following)
+            if page is None or self._published[page].tokens != tokens:
+                break
+            pages.append(page)
+            digest = following
+        return pages, digest
+
+    def _chain(self, digest: bytes, tokens: bytes) -> bytes:
+        return hashlib.blake2b(digest + tokens, digest_size=16, key=self._key).digest()
+
+    def _take(self) -> int:
+        page = self._free.pop() if self._free else self._evict()
+        self._acquire(page)
+        return page
+
+    def _evict(self) -> int:
+        page = next(iter(self._cached))
+        del self._cached[page]
+        del self._by_digest[self._published.pop(page).digest]
+        self._evictions += 1
+        return page
+
+    def _acquire(self, page: int) -> None:
+        if self._refcounts[page] == 0:
+            self._num_active += 1
+            self._cached.pop(page, None)
+        self._refcounts[page] += 1
+
+    def _release(self, page: int) -> None:
+        self._refcounts[page] -= 1
+        if self._refcounts[page] < 0:
+            raise EngineFailed(f"page ledger: page {page} was given back more often than it was taken")
+        if self._refcounts[page] == 0:
+            self._num_active -= 1
+            if page in self._published:
+                self._cached[page] = None
+            else:
+                self._free.append(page)
+
+    def _check_counts(self) -> None:
+        if len(self._free) + self._num_active + len(self._cached) != self._total:
+            raise EngineFailed(
+                f"page ledger: {len(self._free)} free + {self._num_active} active + {len(self._cached)} cached pages "
+                f"are not the {self._total} there are"
+            )

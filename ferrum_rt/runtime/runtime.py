@@ -1,0 +1,393 @@
+"""The runtime: opens the channels and the tasks, takes requests in, and closes everything again."""
+
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Unpack
+
+import anyio
+import anyio.lowlevel
+from anyio.abc import TaskStatus
+from anyio.streams.memory import MemoryObjectReceiveStream
+
+from ferrum_rt.interfaces.config import ConfigFields, EngineConfig, build_config
+from ferrum_rt.interfaces.errors import Cancelled, EngineFailed, FerrumError, RequestValidationError, ResourceExhausted
+from ferrum_rt.interfaces.requests import RequestFields, build_request, is_token_ids
+from ferrum_rt.interfaces.scheduler import SequenceUpdate
+from ferrum_rt.interfaces.types import (
+    ChatMessage,
+    ComponentHealth,
+    ComponentStatus,
+    EngineMetrics,
+    EngineState,
+    EngineStatus,
+    FinishReason,
+    HealthStatus,
+    InferenceRequest,
+    InferenceResponse,
+    Prompt,
+    RequestCounts,
+    RequestId,
+    StreamChunk,
+    TokenId,
+)
+from ferrum_rt.runtime.engine import EngineLoop
+from ferrum_rt.runtime.generation import Generation
+from ferrum_rt.runtime.loader import LoadedModel, load_model
+from ferrum_rt.runtime.pages import PagedKvCache
+from ferrum_rt.runtime.resolve import resolve
+from ferrum_rt.runtime.scheduler import UnifiedScheduler
+from ferrum_rt.runtime.worker import Worker
+
+# Requests tokenized in one call, and updates turned into text before the loop is yielded to others.
+_TOKENIZE_AT_ONCE = 64
+_DETOKENIZE_AT_ONCE = 64
+
+
+def open_runtime(
+    model: str | Path | None = None, *, config: EngineConfig | None = None, **config_fields: Unpack[ConfigFields]
+) -> "Runtime":
+    """An engine in this process: ``async with open_runtime(...) as engine``.
+
+    ``model`` is a directory in Hugging Face's layout or a hub id; None is the demo model that ships with the package.
+    The keywords are EngineConfig's parts by name, and the shortcuts ``device``, ``dtype``, ``kv_dtype``,
+    ``max_model_len`` and ``load_format``; they are laid over ``config``. Raises ConfigError at once for a wrong one;
+    opening it raises ModelError, TokenizerError or DeviceError when the model cannot be loaded.
+    """
+    return Runtime(build_config(None if model is None else str(model), config, config_fields))
+
+
+class Runtime:
+    """The in-process InferenceEngine. Use it as an async context manager, in the task that opened it.
+
+    ``load`` builds the model, in the executor's thread; tests give one that loads fakes.
+    """
+
+    def __init__(self, config: EngineConfig, load: Callable[[EngineConfig], LoadedModel] = load_model) -> None:
+        self._config = config
+        self._load = load
+        self._state = EngineState.STARTING
+        self._failure: EngineFailed | None = None
+        self._opened_at = time.monotonic()
+        self._active: dict[RequestId, Generation] = {}
+        self._counts = dict.fromkeys(("finished", "failed", "cancelled", "rejected"), 0)
+        self._idle = anyio.Event()
+        self._exit_stack = AsyncExitStack()
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> "Runtime":
+        async with AsyncExitStack() as stack:
+            executor_thread = await stack.enter_async_context(Worker("ferrum-executor"))
+            self._tokenizer_thread = await stack.enter_async_context(Worker("ferrum-tokenizer"))
+            self._model = await executor_thread.run(lambda: self._load(self._config))
+            self._executor_thread = executor_thread
+            tasks = await stack.enter_async_context(anyio.create_task_group())
+            self._tasks_scope: anyio.CancelScope = await tasks.start(self._run, name="ferrum runtime")
+            self._exit_stack = stack.pop_all()
+        self._state = EngineState.READY
+        return self
+
+    async def _run(self, *, task_status: TaskStatus[anyio.CancelScope]) -> None:
+        """The tasks, in a group of their own: cancelling it does not touch the caller's task, and a fault of ours ends
+        every request with EngineFailed instead of ending the host's program."""
+        config, executor = self._config, self._model.executor
+        self._cache = PagedKvCache(
+            executor.num_pages, config.kv_cache.block_size, prefix_caching=config.kv_cache.prefix_caching
+        )
+        self._scheduler = UnifiedScheduler(
+            self._cache,
+            num_pages=executor.num_pages,
+            num_slots=executor.num_slots,
+            max_model_len=executor.model_info.max_model_len,
+        )
+        self._capacity = config.scheduler.max_running_requests + config.scheduler.max_waiting_requests
+        self._to_tokenizer, admitted = anyio.create_memory_object_stream[Generation](self._capacity)
+        to_detokenizer, updates = anyio.create_memory_object_stream[list[SequenceUpdate]](1)
+        self._engine = EngineLoop(
+            self._scheduler,
+            executor,
+            self._executor_thread,
+            to_detokenizer,
+            max_batched_tokens=config.batching.max_batched_tokens,
+            on_start=self._started,
+        )
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._tokenize, admitted, name="ferrum tokenizer")
+                tasks.start_soon(self._engine.run, name="ferrum engine")
+                tasks.start_soon(self._detokenize, updates, name="ferrum detokenizer")
+                task_status.started(tasks.cancel_scope)
+        except Exception as error:
+            self._failure = EngineFailed(f"the engine met an internal fault: {_first(error)!r}")
+            self._failure.__cause__ = error
+            self._state = EngineState.FAILED
+            for generation in list(self._active.values()):
+                self._fail(generation, self._failure, "failed")
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            await self.shutdown()
+        else:
+            self._stop()
+        await self._exit_stack.__aexit__(None, None, None)
+        self._cache.verify()
+
+    async def shutdown(self) -> None:
+        """Refuse new requests, let those under way finish for ``scheduler.drain_s`` seconds, cancel the rest."""
+        if self._state in (EngineState.READY, EngineState.FAILED):
+            self._state = EngineState.DRAINING
+            if self._active:
+                with anyio.move_on_after(self._config.scheduler.drain_s):
+                    await self._idle.wait()
+            self._stop()
+
+    def _stop(self) -> None:
+        self._state = EngineState.STOPPED
+        for generation in list(self._active.values()):
+            self._fail(generation, Cancelled("the engine is shutting down"), "cancelled")
+        self._to_tokenizer.close()
+        self._tasks_scope.cancel()
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> EngineConfig:
+        """What the engine was opened with."""
+        return self._config
+
+    async def infer(self, prompt: Prompt | InferenceRequest, **fields: Unpack[RequestFields]) -> InferenceResponse:
+        """Generate to the end. Raises the request's FerrumError; cancelling this task cancels the request."""
+        return await self._infer(build_request(prompt, fields))
+
+    @asynccontextmanager
+    async def infer_stream(
+        self, prompt: Prompt | InferenceRequest, **fields: Unpack[RequestFields]
+    ) -> AsyncIterator[AsyncIterator[StreamChunk]]:
+        """The request's chunks as they come; the last has a ``finish_reason``. Leaving the block cancels what is left."""
+        generation = self._admit(build_request(prompt, fields))
+        try:
+            yield generation
+        finally:
+            self._abandon(generation)
+
+    async def infer_batch(
+        self, prompts: Sequence[Prompt | InferenceRequest], **fields: Unpack[RequestFields]
+    ) -> list[InferenceResponse | FerrumError]:
+        """A response or an error for each prompt, in their order. Any number may be given: they are fed in as there is
+        room, at most twice what can run at once."""
+        results: list[InferenceResponse | FerrumError] = [EngineFailed("not run")] * len(prompts)
+        limiter = anyio.CapacityLimiter(2 * self._config.scheduler.max_running_requests)
+
+        async def run(index: int) -> None:
+            async with limiter:
+                try:
+                    results[index] = await self._infer(build_request(prompts[index], fields))
+                except FerrumError as error:
+                    results[index] = error
+
+        async with anyio.create_task_group() as tasks:
+            for index in range(len(prompts)):
+                tasks.start_soon(run, index)
+        return results
+
+    async def _infer(self, request: InferenceRequest) -> InferenceResponse:
+        generation = self._admit(request)
+        try:
+            return await generation.collect()
+        finally:
+            self._abandon(generation)
+
+    # -- reports ------------------------------------------------------------------------------------------------------
+
+    def metrics(self) -> EngineMetrics:
+        """Counters since the start."""
+        counters = self._engine.counters
+        return EngineMetrics(
+            steps=counters.steps,
+            step_s=counters.step_s,
+            host_s=counters.host_s,
+            scheduler=self._scheduler.statistics(),
+        )
+
+    async def status(self) -> EngineStatus:
+        """A snapshot."""
+        stats, executor = self._scheduler.statistics(), self._model.executor
+        tokenizing = len(self._active) - stats.running - stats.waiting - stats.parked
+        return EngineStatus(
+            state=self._state,
+            model=executor.model_info,
+            uptime_s=time.monotonic() - self._opened_at,
+            requests=RequestCounts(
+                running=stats.running,
+                waiting=stats.waiting + max(0, tokenizing),
+                parked=stats.parked,
+                **self._counts,
+            ),
+            pages=stats.pages,
+            memory=executor.memory_usage(),
+        )
+
+    async def health_check(self) -> HealthStatus:
+        """Whether each component can do its work."""
+        components = {
+            "engine": ComponentHealth(
+                healthy=self._state is EngineState.READY, detail=str(self._failure or f"state is {self._state.value}")
+            ),
+            "executor": _thread_health(self._executor_thread),
+            "tokenizer": _thread_health(self._tokenizer_thread),
+        }
+        components = {
+            name: ComponentHealth(healthy=True) if health.healthy else health for name, health in components.items()
+        }
+        healthy = all(health.healthy for health in components.values())
+        return HealthStatus(healthy=healthy, status=ComponentStatus(components=components))
+
+    # -- a request's way through --------------------------------------------------------------------------------------
+
+    def _admit(self, request: InferenceRequest) -> Generation:
+        if self._failure is not None:
+            raise self._failure
+        if self._state is not EngineState.READY:
+            raise Cancelled(f"the engine takes no requests: its state is {self._state.value}")
+        if request.id in self._active:
+            raise RequestValidationError(f"id: a request {request.id!r} is already under way")
+        generation = Generation(request, self._config.batching.stream_capacity, time.monotonic(), self._has_room)
+        try:
+            if len(self._active) >= self._capacity:
+                raise anyio.WouldBlock
+            self._to_tokenizer.send_nowait(generation)
+        except anyio.WouldBlock:
+            self._counts["rejected"] += 1
+            generation.abandon()
+            raise ResourceExhausted(
+                f"{len(self._active)} requests are under way or waiting, which is as many as the engine takes",
+                retry_after=self._mean_request_s(),
+            ) from None
+        self._active[request.id] = generation
+        return generation
+
+    async def _tokenize(self, admitted: MemoryObjectReceiveStream[Generation]) -> None:
+        with admitted:
+            async for first in admitted:
+                batch = [first]
+                while len(batch) < _TOKENIZE_AT_ONCE and admitted.statistics().current_buffer_used:
+                    batch.append(admitted.receive_nowait())
+                batch = [generation for generation in batch if not generation.is_finished]
+                results = await self._encode([generation.request for generation in batch])
+                for generation, result in zip(batch, results, strict=True):
+                    if not generation.is_finished:
+                        self._submit(generation, result)
+                self._engine.notify()
+
+    async def _encode(self, requests: list[InferenceRequest]) -> list[list[TokenId] | FerrumError]:
+        """Token ids, or what is wrong, for each; off the event loop if there is any text among them."""
+        if all(not isinstance(request.prompt, str) and is_token_ids(request.prompt) for request in requests):
+            return [self._encode_one(request) for request in requests]
+        return await self._tokenizer_thread.run(lambda: [self._encode_one(request) for request in requests])
+
+    def _encode_one(self, request: InferenceRequest) -> list[TokenId] | FerrumError:
+        prompt, tokenizer = request.prompt, self._model.tokenizer
+        if not isinstance(prompt, str) and is_token_ids(prompt):
+            return [TokenId(token) for token in prompt if isinstance(token, int)]
+        if tokenizer is None:
+            return RequestValidationError("prompt: this model was loaded without a tokenizer; send token ids")
+        try:
+            if isinstance(prompt, str):
+                special = self._config.model.tokenizer.add_special_tokens
+                return tokenizer.encode_batch([prompt], add_special_tokens=special)[0]
+            messages = [message for message in prompt if isinstance(message, ChatMessage)]
+            return tokenizer.encode_batch([tokenizer.render_chat(messages)], add_special_tokens=False)[0]
+        except FerrumError as error:
+            return error
+
+    def _submit(self, generation: Generation, tokens: list[TokenId] | FerrumError) -> None:
+        try:
+            if isinstance(tokens, FerrumError):
+                raise tokens
+            self._scheduler.submit(
+                resolve(generation.request, tokens, self._model, self._config, generation.submitted_at)
+            )
+            generation.tokenized(tokens, self._model.tokenizer)
+        except FerrumError as error:
+            self._fail(generation, error, "failed")
+
+    def _started(self, request_id: RequestId) -> None:
+        generation = self._active.get(request_id)
+        if generation is not None and generation.started_at is None:
+            generation.started_at = time.monotonic()
+
+    async def _detokenize(self, updates: MemoryObjectReceiveStream[list[SequenceUpdate]]) -> None:
+        with updates:
+            async for batch in updates:
+                for index, update in enumerate(batch, start=1):
+                    self._deliver(update)
+                    if index % _DETOKENIZE_AT_ONCE == 0:
+                        await anyio.lowlevel.checkpoint()
+
+    def _deliver(self, update: SequenceUpdate) -> None:
+        generation = self._active.get(update.request_id)
+        if generation is None:
+            return  # cancelled, or ended by a stop string
+        if update.error is not None:
+            self._fail(generation, update.error, "failed")
+            return
+        try:
+            reason = generation.advance(update, time.monotonic())
+        except FerrumError as error:
+            self._fail(generation, error, "failed")
+            return
+        if reason is not None:
+            if update.finish_reason is None:  # a stop string, which the scheduler knows nothing of
+                self._scheduler.cancel(update.request_id)
+            self._end(generation, "failed" if reason is FinishReason.ERROR else "finished")
+        elif generation.must_park and not generation.is_parked:
+            generation.is_parked = True
+            self._scheduler.park(update.request_id)
+
+    def _has_room(self, request_id: RequestId) -> None:
+        self._scheduler.unpark(request_id)
+        self._engine.notify()
+
+    # -- a request's end ----------------------------------------------------------------------------------------------
+
+    def _fail(self, generation: Generation, error: FerrumError, outcome: str) -> None:
+        self._scheduler.cancel(generation.request.id)
+        generation.fail(error)
+        self._end(generation, outcome)
+
+    def _abandon(self, generation: Generation) -> None:
+        """The caller has left. Synchronous, so that no cancellation can come between."""
+        if not generation.is_finished:
+            self._scheduler.cancel(generation.request.id)
+            self._end(generation, "cancelled")
+            self._engine.notify()
+        generation.abandon()
+
+    def _end(self, generation: Generation, outcome: str) -> None:
+        """The one place where a request ends."""
+        del self._active[generation.request.id]
+        generation.close(time.monotonic())
+        self._counts[outcome] += 1
+        if not self._active:
+            self._idle.set()
+            self._idle = anyio.Event()
+
+    def _mean_request_s(self) -> float:
+        """What a request has taken of the engine's time so far, as a guess of when one of them ends."""
+        return self._engine.counters.step_s / max(1, self._counts["finished"]) or 1.0
+
+
+def _first(error: Exception) -> Exception:
+    """The error itself, out of the groups that task groups wrap it in."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _thread_health(thread: Worker) -> ComponentHealth:
+    return ComponentHealth(healthy=thread.is_alive, detail="its thread has stopped")

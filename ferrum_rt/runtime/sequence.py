@@ -1,0 +1,73 @@
+"""One sequence on its way through the scheduler."""
+
+import enum
+from dataclasses import dataclass, field
+
+from ferrum_rt.interfaces.kv_cache import KvCacheHandle
+from ferrum_rt.interfaces.scheduler import SequenceRequest
+from ferrum_rt.interfaces.types import TokenId
+
+
+class SequenceState(enum.Enum):
+    """Changed by the scheduler alone. A parked sequence may hold a slot and pages, or have lost them to others."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    PARKED = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """``tokens`` are all that are known. Beyond them, ``num_pending`` (0 or 1) has been sampled by a step that is not
+    committed yet. ``num_planned`` tokens have their K/V written once every planned step has run. ``prefill_length`` tokens
+    were known when it got its slot, and so must be sent to the executor; it samples the later ones itself.
+    """
+
+    request: SequenceRequest
+    arrival: int
+    tokens: list[TokenId] = field(init=False)
+    state: SequenceState = SequenceState.WAITING
+    slot: int | None = None
+    handle: KvCacheHandle | None = None
+    num_planned: int = 0
+    num_pending: int = 0
+    num_cached_tokens: int = 0
+    prefill_length: int = 0
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.token_ids)
+
+    @property
+    def urgency(self) -> tuple[int, int]:
+        """Sorts the most urgent first."""
+        return (-self.request.priority, self.arrival)
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens) + self.num_pending
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.tokens) - len(self.request.token_ids)
+
+    @property
+    def is_fully_planned(self) -> bool:
+        """Its last token is being sampled already; a further step would be thrown away."""
+        return self.num_outputs + self.num_pending >= self.request.max_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """The one token to compute is the one its slot sampled last, which the executor still has."""
+        return self.num_planned == self.length - 1 and self.num_planned >= self.prefill_length
+
+    def start(self, slot: int, handle: KvCacheHandle) -> None:
+        """Take a slot and pages; what the pages already hold need not be computed."""
+        self.slot, self.handle = slot, handle
+        self.num_planned = handle.num_cached_tokens
+        self.prefill_length = len(self.tokens)
+
+    def stop(self) -> None:
+        """Lose slot and pages: everything is to be computed again, unless the prefix cache still has it."""
+        self.slot, self.handle = None, None
+        self.num_planned = 0

@@ -1,0 +1,97 @@
+"""A thread of our own, on which functions run in the order they are submitted.
+
+The executor needs one (thread-local CUDA streams and OpenMP teams), and so does everything else that computes: anyio's
+shared worker threads belong to the host, and outlive us.
+"""
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar, cast
+
+import anyio
+import anyio.lowlevel
+
+from ferrum_rt.interfaces.errors import EngineFailed
+
+T = TypeVar("T")
+
+JOIN_LIMIT_S = 60.0
+
+
+class Job(Generic[T]):
+    """A submitted call; awaiting it gives its result or raises its error."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self._done = anyio.Event()
+        self._result: T | None = None
+        self._error: BaseException | None = None
+
+    async def wait(self) -> T:
+        await self._done.wait()
+        if self._error is not None:
+            raise self._error
+        return cast(T, self._result)
+
+    def run(self) -> None:
+        """In the worker thread."""
+        try:
+            self._result = self._function()
+        except BaseException as error:  # whatever it is, it belongs to the one who waits
+            self._error = error
+
+    def settle(self) -> None:
+        """In the event loop's thread."""
+        self._done.set()
+
+
+class Worker:
+    """Use as an async context manager; leaving it waits for the call that is running and drops those behind it."""
+
+    def __init__(self, name: str) -> None:
+        self._queue: queue.SimpleQueue[Job[Any] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self._is_closing = False
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def submit(self, function: Callable[[], T]) -> Job[T]:
+        """Queue a call. The caller bounds how many are outstanding."""
+        job = Job(function)
+        self._queue.put(job)
+        return job
+
+    async def run(self, function: Callable[[], T]) -> T:
+        return await self.submit(function).wait()
+
+    async def __aenter__(self) -> "Worker":
+        self._token = anyio.lowlevel.current_token()
+        self._stopped = anyio.Event()
+        self._thread.start()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._is_closing = True
+        self._queue.put(None)
+        with anyio.move_on_after(JOIN_LIMIT_S, shield=True):
+            await self._stopped.wait()
+            self._thread.join()
+            return
+        raise EngineFailed(f"thread {self._thread.name} is stuck in a native call; it is left behind")
+
+    def _main(self) -> None:
+        while (job := self._queue.get()) is not None:
+            if not self._is_closing:
+                job.run()
+                self._post(job.settle)
+        self._post(self._stopped.set)
+
+    def _post(self, function: Callable[[], None]) -> None:
+        # Unlike anyio.from_thread.run_sync this does not wait for the loop: the next call starts while the host is busy.
+        try:
+            self._token.backend_class.run_sync_soon(function, (), self._token.native_token)
+        except anyio.RunFinishedError:
+            pass  # the host's loop is gone, and with it everybody who waited
