@@ -105,4 +105,5 @@ class EngineFailed(FerrumError):
 
 def error_classes() -> dict[str, type[FerrumError]]:
     """Every error class by its code, so that the client can raise what the engine raised."""
-    return {cls.code: cls for cls in (FerrumError, *FerrumError.__subclasses__())}
+    classes: list[type[FerrumError]] = [FerrumError, *FerrumError.__subclasses__()]
+    return {cls.code: cls for cls in classes}

@@ -1,7 +1,7 @@
 """Element types of the KV cache, chosen apart from the weights' type."""
 
 import enum
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 
 class KvDtypeKind(enum.StrEnum):
@@ -14,48 +14,44 @@ class KvDtypeKind(enum.StrEnum):
     INT8 = "int8"
 
 
-class KvDtype(Protocol):
-    """What a page pool must know of its element type."""
+class KvDtype:
+    """What a page pool must know of its element type. ``scale_bytes`` are kept beside the elements of one head of one
+    token."""
 
     kind: ClassVar[KvDtypeKind]
     itemsize: ClassVar[int]
-    scale_bytes: ClassVar[int]
-    """Bytes of scale kept beside the elements of one head of one token; 0 for a type that needs none."""
+    scale_bytes: ClassVar[int] = 0
 
 
-class KvFp32:
+class KvFp32(KvDtype):
     """IEEE single precision."""
 
     kind = KvDtypeKind.FLOAT32
     itemsize = 4
-    scale_bytes = 0
 
 
-class KvBf16:
+class KvBf16(KvDtype):
     """bfloat16."""
 
     kind = KvDtypeKind.BFLOAT16
     itemsize = 2
-    scale_bytes = 0
 
 
-class KvFp16:
+class KvFp16(KvDtype):
     """IEEE half precision."""
 
     kind = KvDtypeKind.FLOAT16
     itemsize = 2
-    scale_bytes = 0
 
 
-class KvFp8:
+class KvFp8(KvDtype):
     """e4m3 (OCP 8-bit floating point, "fn" variant), saturating at ±448."""
 
     kind = KvDtypeKind.FP8
     itemsize = 1
-    scale_bytes = 0
 
 
-class KvInt8:
+class KvInt8(KvDtype):
     """Symmetric int8 with one float32 scale per token and head."""
 
     kind = KvDtypeKind.INT8

@@ -146,13 +146,13 @@ def _check_prompt(prompt: Any) -> None:
         raise RequestValidationError(f"prompt must be text, token ids or chat messages, not {type(prompt).__name__}")
     if not prompt:
         raise RequestValidationError("prompt is an empty list")
-    kind = ChatMessage if isinstance(prompt[0], ChatMessage) else int
+    are_messages = isinstance(prompt[0], ChatMessage)
     for item in prompt:
-        if not isinstance(item, kind) or isinstance(item, bool):
+        if isinstance(item, bool) or not isinstance(item, ChatMessage if are_messages else int):
             raise RequestValidationError(
                 f"prompt must hold token ids or chat messages throughout, found {type(item).__name__}"
             )
-        if kind is int and item < 0:
+        if isinstance(item, int) and item < 0:
             raise RequestValidationError(f"prompt holds the negative token id {item}")
 
 
@@ -168,8 +168,6 @@ def _check_sampling(params: SamplingParams) -> None:
     if params.top_p == 0.0:
         raise RequestValidationError("top_p must be above 0; for greedy sampling set temperature to 0")
     if len(params.stop) > MAX_STOP_STRINGS or any(not 0 < len(s) <= MAX_STOP_LENGTH for s in params.stop):
-        raise RequestValidationError(
-            f"stop takes at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters"
-        )
+        raise RequestValidationError(f"stop takes at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters")
     if len(params.stop_token_ids) > MAX_STOP_TOKENS:
         raise RequestValidationError(f"stop_token_ids takes at most {MAX_STOP_TOKENS} ids")

@@ -1,12 +1,13 @@
 """From logits to tokens."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 
-from ferrum_rt.interfaces.tensor import TensorLike
 from ferrum_rt.interfaces.types import TokenId
+
+T_contra = TypeVar("T_contra", contravariant=True)
 
 
 class SamplingConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,19 +29,19 @@ class SamplingContext(msgspec.Struct, frozen=True, kw_only=True):
     positions: Sequence[int]
 
 
-class LogitsProcessor(Protocol):
+class LogitsProcessor(Protocol[T_contra]):
     """Changes logits [rows, vocabulary] in place before sampling."""
 
-    def apply(self, logits: TensorLike, context: SamplingContext) -> None: ...
+    def apply(self, logits: T_contra, context: SamplingContext) -> None: ...
 
 
-class Sampler(Protocol):
+class Sampler(Protocol[T_contra]):
     """Draws one token per row."""
 
     def assign(self, slot: int, config: SamplingConfig) -> None:
         """Use ``config`` for the rows of ``slot`` from now on."""
         ...
 
-    def sample(self, logits: TensorLike, context: SamplingContext) -> Sequence[TokenId | None]:
+    def sample(self, logits: T_contra, context: SamplingContext) -> Sequence[TokenId | None]:
         """A token per row of ``logits`` [rows, vocabulary]; None for a row that holds NaN."""
         ...

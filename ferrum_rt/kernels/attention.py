@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ferrum_rt.kernels.batch import KvPages, QuerySpan, TokenBatch
+from ferrum_rt.interfaces.tensor import KvLayer
+from ferrum_rt.kernels.batch import QuerySpan, TokenBatch
 
 QUERY_BLOCK = 256
 FP8_MAX = 448.0
@@ -29,15 +30,15 @@ class AttentionGroup:
 def plan_attention(batch: TokenBatch) -> list[AttentionGroup]:
     """Group the batch's sequences so that padding at most doubles the work."""
     groups = []
-    decodes = sorted((span for span in batch.spans if span.count == 1), key=lambda span: span.start)
+    decodes = sorted((span for span in batch.spans if span.num_tokens == 1), key=lambda span: span.start)
     while decodes:
         longest = decodes[-1].start
         first = next(i for i, span in enumerate(decodes) if 2 * span.start >= longest - 64)
         groups.append(_group(batch, decodes[first:], 1))
         del decodes[first:]
     for span in batch.spans:
-        for done in range(0, span.count if span.count > 1 else 0, QUERY_BLOCK):
-            count = min(QUERY_BLOCK, span.count - done)
+        for done in range(0, span.num_tokens if span.num_tokens > 1 else 0, QUERY_BLOCK):
+            count = min(QUERY_BLOCK, span.num_tokens - done)
             groups.append(_group(batch, [QuerySpan(span.slot, span.row + done, count, span.start + done)], count))
     return groups
 
@@ -62,7 +63,7 @@ def _group(batch: TokenBatch, spans: list[QuerySpan], count: int) -> AttentionGr
 def attend(
     out: Tensor,
     q: Tensor,
-    pages: KvPages,
+    pages: KvLayer[Tensor],
     groups: list[AttentionGroup],
     scale: float,
     window: int | None,
@@ -98,9 +99,7 @@ def _gather(pages: Tensor, scales: Tensor | None, kv_slots: Tensor, sequences: i
     # fp8 has no index_select of its own; its bytes have.
     raw = pages.view(torch.uint8) if pages.itemsize == 1 else pages
     picked = raw.index_select(0, kv_slots).view(pages.dtype).view(sequences, -1, num_kv_heads, head_dim)
-    result = torch.empty(
-        (sequences, num_kv_heads, picked.shape[1], head_dim), dtype=torch.float32, device=pages.device
-    )
+    result = torch.empty((sequences, num_kv_heads, picked.shape[1], head_dim), dtype=torch.float32, device=pages.device)
     result.copy_(picked.transpose(1, 2))
     if scales is not None:
         result.mul_(scales.index_select(0, kv_slots).view(sequences, -1, num_kv_heads).transpose(1, 2)[..., None])

@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 class QuerySpan(NamedTuple):
-    """The rows of one sequence: ``count`` tokens from row ``row`` on, standing at positions ``start`` and following."""
+    """The rows of one sequence: ``num_tokens`` from row ``row`` on, standing at positions ``start`` and following."""
 
     slot: int
     row: int
-    count: int
+    num_tokens: int
     start: int
 
 

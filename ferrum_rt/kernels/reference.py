@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ferrum_rt.interfaces.tensor import KvLayer
-from ferrum_rt.kernels.attention import AttentionGroup, append, attend, plan_attention
-from ferrum_rt.kernels.batch import KvPages, TokenBatch
+from ferrum_rt.kernels.attention import append, attend, plan_attention
+from ferrum_rt.kernels.batch import TokenBatch
 
 
 class Linear(NamedTuple):
@@ -37,7 +37,7 @@ class ReferenceOps:
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Any:
         return Linear(weight.t(), bias)
 
-    def plan_attention(self, batch: TokenBatch) -> list[AttentionGroup]:
+    def plan_attention(self, batch: TokenBatch) -> Any:
         return plan_attention(batch)
 
     def embed(self, out: Tensor, token_ids: Tensor, table: Tensor, scale: float) -> None:
@@ -66,8 +66,9 @@ class ReferenceOps:
         cos, sin = cos_sin.index_select(0, positions)[:, None].split(half, dim=-1)
         for x in (q, k):
             first, second = x[..., :half].float(), x[..., half : 2 * half].float()
-            x[..., :half] = first * cos - second * sin
-            x[..., half : 2 * half] = second * cos + first * sin
+            # Both before either is written: in float32 these are views of x.
+            rotated = first * cos - second * sin, second * cos + first * sin
+            x[..., :half], x[..., half : 2 * half] = rotated
 
     def append_kv(self, layer: KvLayer[Tensor], k: Tensor, v: Tensor, kv_slots: Tensor) -> None:
         append(layer.keys, layer.key_scales, k, kv_slots)
@@ -77,8 +78,8 @@ class ReferenceOps:
         self,
         out: Tensor,
         q: Tensor,
-        layer: KvPages,
-        plan: list[AttentionGroup],
+        layer: KvLayer[Tensor],
+        plan: Any,
         *,
         scale: float,
         window: int | None,

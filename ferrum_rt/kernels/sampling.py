@@ -29,9 +29,7 @@ def sample_all(logits: Tensor, temperature: Tensor, min_p: Tensor, draws: Tensor
     return _invert(probs, draws)
 
 
-def sample_top(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, draws: Tensor
-) -> Tensor:
+def sample_top(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, draws: Tensor) -> Tensor:
     """Draw from the ``top_k`` likeliest (0 for all), of them the fewest that reach ``top_p``, of them those of at least
     ``min_p`` times the likeliest: the order in which transformers applies them."""
     probs, ids = torch.softmax(logits / temperature[:, None], dim=-1).sort(dim=-1, descending=True, stable=True)

@@ -17,7 +17,7 @@ class DecoderExecutor:
         self,
         model_info: ModelInfo,
         decoder: Decoder,
-        sampler: Sampler,
+        sampler: Sampler[Tensor],
         cache: list[KvPages],
         *,
         num_slots: int,
@@ -41,8 +41,8 @@ class DecoderExecutor:
             self._block_tables[assigned.slot, : len(pages)] = pages
             self._sampler.assign(assigned.slot, assigned.sampling)
         if step.appended:
-            slots, indices, pages = zip(*((item.slot, item.index, item.page) for item in step.appended), strict=True)
-            self._block_tables[list(slots), list(indices)] = torch.tensor(pages)
+            at = [item.slot for item in step.appended], [item.index for item in step.appended]
+            self._block_tables[at] = torch.tensor([item.page for item in step.appended])
 
         batch, sampled = self._batch(step.batch)
         logits = self._decoder.forward(batch, self._cache)

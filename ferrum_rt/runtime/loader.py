@@ -132,9 +132,7 @@ def _eos_token_ids(raw: dict[str, Any], generation: dict[str, Any]) -> tuple[Tok
     return tuple(TokenId(token) for token in ids if isinstance(token, int))
 
 
-def _load_tokenizer(
-    directory: Path, config: EngineConfig, spec: DecoderSpec, eos: tuple[TokenId, ...]
-) -> Tokenizer | None:
+def _load_tokenizer(directory: Path, config: EngineConfig, spec: DecoderSpec, eos: tuple[TokenId, ...]) -> Tokenizer | None:
     path = directory / "tokenizer.json"
     if config.model.load_format == "dummy" and not path.is_file():
         return None
@@ -175,9 +173,7 @@ def _build_executor(directory: Path, config: EngineConfig, raw: dict[str, Any], 
         weights = load_weights(spec, reader, ops, dtype, max_model_len, progress)
         decoder = Decoder(spec, weights, ops, dtype, config.batching.max_batched_tokens, num_slots)
         cache = [
-            allocate_pages(
-                num_pages * block_size, spec.num_kv_heads, spec.head_dim, _KV_TORCH_DTYPES[kv_kind], ops.device
-            )
+            allocate_pages(num_pages * block_size, spec.num_kv_heads, spec.head_dim, _KV_TORCH_DTYPES[kv_kind], ops.device)
             for _ in spec.layers
         ]
         return DecoderExecutor(

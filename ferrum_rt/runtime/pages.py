@@ -122,9 +122,7 @@ class PagedKvCache:
 
     def statistics(self) -> CacheHandleStats:
         return CacheHandleStats(
-            pages=PageCounts(
-                total=self._total, free=len(self._free), active=self._num_active, cached=len(self._cached)
-            ),
+            pages=PageCounts(total=self._total, free=len(self._free), active=self._num_active, cached=len(self._cached)),
             lookups=self._lookups,
             hit_tokens=self._hit_tokens,
             evictions=self._evictions,

@@ -309,9 +309,7 @@ class Runtime:
         try:
             if isinstance(tokens, FerrumError):
                 raise tokens
-            self._scheduler.submit(
-                resolve(generation.request, tokens, self._model, self._config, generation.submitted_at)
-            )
+            self._scheduler.submit(resolve(generation.request, tokens, self._model, self._config, generation.submitted_at))
             generation.tokenized(tokens, self._model.tokenizer)
         except FerrumError as error:
             self._fail(generation, error, "failed")

@@ -163,7 +163,7 @@ class UnifiedScheduler:
     def commit(self, plan: BatchPlan, output: StepOutput) -> list[SequenceUpdate]:
         """Take over what a step computed. Only now are its pages published."""
         entries = self._landed(plan)
-        token_ids = [item.token_id for item in (*output.decodes, *output.prefills)]
+        token_ids = [item.token_id for item in output.decodes] + [item.token_id for item in output.prefills]
         if len(entries) != len(token_ids):
             raise EngineFailed(f"the executor returned {len(token_ids)} outputs for {len(entries)} inputs")
         updates = []
@@ -244,11 +244,13 @@ class UnifiedScheduler:
         start = sequence.num_planned
         end = min(start + budget, sequence.prefill_length)
         samples = end == sequence.prefill_length
-        assert sequence.slot is not None and sequence.handle is not None  # running sequences have both
-        step.batch.prefills.append(PrefillInput(sequence.slot, sequence.tokens[start:end], start, samples))
+        slot, handle = sequence.slot, sequence.handle
+        assert slot is not None  # a running sequence has both
+        assert handle is not None
+        step.batch.prefills.append(PrefillInput(slot, sequence.tokens[start:end], start, samples))
         sequence.num_planned = end
         sequence.num_pending += samples
-        entries.append(_Entry(sequence, sequence.handle, end, samples))
+        entries.append(_Entry(sequence, handle, end, samples))
         return end - start
 
     def _make_room(self, sequence: Sequence, step: StepInput) -> KvCacheHandle | None:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokenizers import Tokenizer as RustTokenizer
 
@@ -31,7 +31,7 @@ class HfTokenizer:
             encodings = self._rust.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         except Exception as error:  # the Rust side raises plain Exception, and TypeError for lone surrogates
             raise TokenizerError(f"the text cannot be tokenized: {error}") from error
-        return [encoding.ids for encoding in encodings]
+        return [cast(list[TokenId], encoding.ids) for encoding in encodings]
 
     def decode(self, token_ids: Sequence[TokenId], *, skip_special_tokens: bool) -> str:
         return self._rust.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
@@ -61,10 +61,10 @@ class HfTokenizerFactory:
             raise TokenizerError(f"{path}: not a valid tokenizer: {error}") from error
         config = _read_config(directory / "tokenizer_config.json")
         names = {key: _content(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        ids = {key: rust.token_to_id(token) for key, token in names.items() if token is not None}
-        eos = self._eos or tuple(TokenId(token) for token in [ids.get("eos_token")] if token is not None)
-        special = SpecialTokens(bos=ids.get("bos_token"), eos=eos, pad=ids.get("pad_token"))
         present = {key: token for key, token in names.items() if token is not None}
+        ids = {key: TokenId(found) for key, token in present.items() if (found := rust.token_to_id(token)) is not None}
+        eos = self._eos or tuple(ids[key] for key in ("eos_token",) if key in ids)
+        special = SpecialTokens(bos=ids.get("bos_token"), eos=eos, pad=ids.get("pad_token"))
         return HfTokenizer(rust, special, _read_template(directory, config, present))
 
 

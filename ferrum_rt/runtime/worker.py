@@ -4,6 +4,7 @@ The executor needs one (thread-local CUDA streams and OpenMP teams), and so does
 shared worker threads belong to the host, and outlive us.
 """
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable
@@ -91,7 +92,6 @@ class Worker:
 
     def _post(self, function: Callable[[], None]) -> None:
         # Unlike anyio.from_thread.run_sync this does not wait for the loop: the next call starts while the host is busy.
-        try:
+        # A loop that is gone took everybody who waited with it.
+        with contextlib.suppress(anyio.RunFinishedError):
             self._token.backend_class.run_sync_soon(function, (), self._token.native_token)
-        except anyio.RunFinishedError:
-            pass  # the host's loop is gone, and with it everybody who waited

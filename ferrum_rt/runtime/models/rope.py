@@ -28,14 +28,14 @@ def cos_sin_table(spec: RopeSpec, num_positions: int) -> Tensor:
 
 def _frequencies(spec: RopeSpec) -> tuple[Tensor, float]:
     exponents = torch.arange(0, spec.rotary_dim, 2, dtype=torch.float32) / spec.rotary_dim
-    base = 1.0 / spec.theta**exponents
+    base = torch.pow(spec.theta, exponents).reciprocal()
     kind = spec.scaling.get("rope_type", "default")
     try:
         match kind:
             case "default":
                 return base, 1.0
             case "linear":
-                return base / spec.scaling["factor"], 1.0
+                return base / float(spec.scaling["factor"]), 1.0
             case "llama3":
                 return _llama3(base, spec.scaling), 1.0
             case "yarn":
@@ -51,7 +51,8 @@ def _llama3(base: Tensor, scaling: Mapping[str, Any]) -> Tensor:
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = original * base / (2 * math.pi)
     blend = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return base / scaling["factor"] * (1 - blend) + base * blend
+    blended: Tensor = base / scaling["factor"] * (1 - blend) + base * blend
+    return blended
 
 
 def _yarn(base: Tensor, spec: RopeSpec) -> tuple[Tensor, float]:

@@ -78,7 +78,7 @@ class CheckpointReader:
         if not path.is_file():
             raise ModelError(f"{path}: no such file; weights are read from safetensors alone")
         try:
-            self._files[path] = file = safe_open(path, framework="pt")  # type: ignore[no-untyped-call]
+            self._files[path] = file = safe_open(path, framework="pt")
             return list(file.keys())
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path}: damaged or truncated safetensors file: {error}") from error
