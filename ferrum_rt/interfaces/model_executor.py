@@ -94,7 +94,8 @@ class ModelExecutor(Protocol):
     num_pages: int
 
     def execute(self, step: StepInput) -> StepOutput:
-        """Run one step to its end. Raises BackendError when the step as a whole failed."""
+        """Run one step to its end. Raises when the step as a whole failed, but has taken over what changed in the slots
+        even then: the step behind it, planned already, still writes where the slots say."""
         ...
 
     def memory_usage(self) -> MemoryUsage: ...

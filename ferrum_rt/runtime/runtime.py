@@ -23,7 +23,6 @@ from ferrum_rt.interfaces.types import (
     EngineMetrics,
     EngineState,
     EngineStatus,
-    FinishReason,
     HealthStatus,
     InferenceRequest,
     InferenceResponse,
@@ -121,11 +120,7 @@ class Runtime:
                 tasks.start_soon(self._detokenize, updates, name="ferrum detokenizer")
                 task_status.started(tasks.cancel_scope)
         except Exception as error:
-            self._failure = EngineFailed(f"the engine met an internal fault: {_first(error)!r}")
-            self._failure.__cause__ = error
-            self._state = EngineState.FAILED
-            for generation in list(self._active.values()):
-                self._fail(generation, self._failure, "failed")
+            self._break(error)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -135,7 +130,8 @@ class Runtime:
         else:
             self._stop()
         await self._exit_stack.__aexit__(None, None, None)
-        self._cache.verify()
+        if self._failure is None:
+            self._cache.verify()
 
     async def shutdown(self) -> None:
         """Refuse new requests, let those under way finish for ``scheduler.drain_s`` seconds, cancel the rest."""
@@ -340,9 +336,9 @@ class Runtime:
             self._fail(generation, error, "failed")
             return
         if reason is not None:
+            self._end(generation, "finished")
             if update.finish_reason is None:  # a stop string, which the scheduler knows nothing of
-                self._scheduler.cancel(update.request_id)
-            self._end(generation, "failed" if reason is FinishReason.ERROR else "finished")
+                self._drop(generation)
         elif generation.must_park and not generation.is_parked:
             generation.is_parked = True
             self._scheduler.park(update.request_id)
@@ -354,15 +350,32 @@ class Runtime:
     # -- a request's end ----------------------------------------------------------------------------------------------
 
     def _fail(self, generation: Generation, error: FerrumError, outcome: str) -> None:
-        self._scheduler.cancel(generation.request.id)
         generation.fail(error)
         self._end(generation, outcome)
+        self._drop(generation)
+
+    def _drop(self, generation: Generation) -> None:
+        """Take the request from the scheduler, if it is still there."""
+        if self._failure is None:
+            try:
+                self._scheduler.cancel(generation.request.id)
+            except EngineFailed as error:  # the page ledger does not add up; nobody may go on with these pages
+                self._break(error)
+
+    def _break(self, error: Exception) -> None:
+        """The engine is lost: every request ends with EngineFailed, and so does every later one."""
+        self._failure = EngineFailed(f"the engine met an internal fault: {_first(error)!r}")
+        self._failure.__cause__ = error
+        self._state = EngineState.FAILED
+        self._tasks_scope.cancel()
+        for generation in list(self._active.values()):
+            self._fail(generation, self._failure, "failed")
 
     def _abandon(self, generation: Generation) -> None:
         """The caller has left. Synchronous, so that no cancellation can come between."""
         if not generation.is_finished:
-            self._scheduler.cancel(generation.request.id)
             self._end(generation, "cancelled")
+            self._drop(generation)
             self._engine.notify()
         generation.abandon()
 

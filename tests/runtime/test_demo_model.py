@@ -1,0 +1,169 @@
+"""The runtime's promises on a real model: the demo model, on the CPU."""
+
+import asyncio
+import logging
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import anyio
+import pytest
+import torch
+
+from ferrum_rt import FinishReason, InferenceResponse, RequestId
+from ferrum_rt.interfaces.model_executor import StepOutput
+from ferrum_rt.interfaces.scheduler import BatchPlan, SequenceUpdate
+from ferrum_rt.runtime.runtime import Runtime, open_runtime
+
+PROMPTS = ["def ", "import ", "class ", "    for i in range(", "# The ", "try:\n    ", "return ", '"""Return ']
+
+
+def watch_pages(engine: Runtime, monkeypatch: pytest.MonkeyPatch) -> list[RequestId]:
+    """Check the ledger after each step, and that no request of the returned list still holds pages."""
+    cancelled: list[RequestId] = []
+    commit = engine._scheduler.commit
+
+    def checked(plan: BatchPlan, output: StepOutput) -> list[SequenceUpdate]:
+        updates = commit(plan, output)
+        engine._cache.verify()
+        assert not set(cancelled) & set(engine._cache._handles)
+        return updates
+
+    monkeypatch.setattr(engine._scheduler, "commit", checked)
+    return cancelled
+
+
+@pytest.mark.slow
+async def test_64_streams_of_which_a_third_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of 64 streams ends exactly once, the page ledger is exact after each step, and a cancelled one holds no page
+    in any step after."""
+    rng = random.Random(0)
+    ends: dict[RequestId, list[FinishReason]] = {}
+    async with open_runtime(kv_cache={"num_pages": 300}, max_model_len=512) as engine:
+        cancelled = watch_pages(engine, monkeypatch)
+
+        async def read(index: int) -> None:
+            request_id = RequestId(str(index))
+            ends[request_id] = []
+            leave_at = rng.randrange(40) if index % 3 == 0 else None
+            prompt = PROMPTS[index % len(PROMPTS)] * rng.randint(1, 12)
+            async with engine.infer_stream(
+                prompt, id=request_id, max_tokens=rng.randint(1, 80), seed=index, ignore_eos=index % 2 == 0
+            ) as chunks:
+                count = 0
+                async for chunk in chunks:
+                    count += 1
+                    if chunk.finish_reason is not None:
+                        ends[request_id].append(chunk.finish_reason)
+                    elif leave_at is not None and count > leave_at:
+                        break
+            if not ends[request_id]:
+                ends[request_id].append(FinishReason.CANCELLED)
+                cancelled.append(request_id)
+
+        async with anyio.create_task_group() as tasks:
+            for index in range(64):
+                tasks.start_soon(read, index)
+        status = await engine.status()
+        assert status.pages.active == 0
+    assert {len(reasons) for reasons in ends.values()} == {1}
+    assert status.requests.cancelled == len(cancelled) > 5
+    assert status.requests.finished == 64 - len(cancelled)
+    assert status.requests.failed == 0
+
+
+@pytest.mark.slow
+async def test_a_seed_fixes_the_output_whatever_else_runs() -> None:
+    """At temperature 1 in float32 a seeded request gets the same tokens alone and among seven others."""
+    fields = {"temperature": 1.0, "max_tokens": 30, "ignore_eos": True}
+    async with open_runtime(dtype="float32") as engine:
+        alone = await engine.infer("def ", seed=7, **fields)  # type: ignore[arg-type]
+        results: dict[int, InferenceResponse] = {}
+
+        async def run(seed: int) -> None:
+            results[seed] = await engine.infer("def ", seed=seed, **fields)  # type: ignore[arg-type]
+
+        async with anyio.create_task_group() as tasks:
+            for seed in range(8):
+                tasks.start_soon(run, seed)
+        assert results[7].token_ids == alone.token_ids
+        assert len({tuple(result.token_ids) for result in results.values()}) > 4
+
+
+class LoopWatch:
+    """The longest time a single callback has kept the event loop."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.longest = 0.0
+        run = asyncio.Handle._run
+
+        def timed(handle: asyncio.Handle) -> None:
+            began = time.perf_counter()
+            run(handle)
+            self.longest = max(self.longest, time.perf_counter() - began)
+
+        monkeypatch.setattr(asyncio.Handle, "_run", timed)
+
+
+@pytest.mark.slow
+async def test_the_event_loop_is_never_blocked_for_5_ms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While 32 requests generate and a text of 60,000 characters is tokenized, no callback keeps the loop for 5 ms. On a
+    machine that others use too a callback can lose its processor: what blocks of itself does so in each of five tries."""
+    async with open_runtime() as engine:
+        await engine.infer("def ", max_tokens=4)
+        watch = LoopWatch(monkeypatch)
+        tries = []
+        for _ in range(5):
+            watch.longest = 0.0
+            async with anyio.create_task_group() as tasks:
+                for index in range(32):
+                    prompt = PROMPTS[index % len(PROMPTS)]
+                    tasks.start_soon(lambda prompt: engine.infer(prompt, max_tokens=24, ignore_eos=True), prompt)
+                # Too long for the model, which is found out only once it is tokenized.
+                tasks.start_soon(lambda: engine.infer_batch(["x = 'a word'\n" * 5_000]))
+            tries.append(watch.longest)
+            if tries[-1] < 0.005:
+                return
+    pytest.fail(f"the longest callbacks took {[f'{1000 * longest:.1f} ms' for longest in tries]}")
+
+
+@pytest.fixture
+def host() -> Iterator[None]:
+    """What belongs to the host process is afterwards as it was before."""
+
+    def snapshot() -> tuple[object, ...]:
+        handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+        return (
+            handlers,
+            dict(os.environ),
+            list(logging.getLogger().handlers),
+            logging.getLogger().level,
+            sys.getswitchinterval(),
+            sys.excepthook,
+            threading.excepthook,
+            torch.get_num_threads(),
+            torch.get_default_dtype(),
+            torch.is_grad_enabled(),
+            torch.random.get_rng_state().tolist(),
+            set(threading.enumerate()),
+        )
+
+    before = snapshot()
+    yield
+    assert snapshot() == before
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("host")
+def test_the_host_process_is_left_alone() -> None:
+    """No signal handler, logging set-up, environment variable, torch setting, random state or thread is changed."""
+
+    async def main() -> None:
+        async with open_runtime() as engine:
+            await engine.infer("def ", max_tokens=4, temperature=1.0)
+
+    anyio.run(main)
