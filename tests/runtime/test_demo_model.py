@@ -8,7 +8,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 
 import anyio
 import pytest
@@ -131,34 +130,25 @@ async def test_the_event_loop_is_never_blocked_for_5_ms(monkeypatch: pytest.Monk
     pytest.fail(f"the longest callbacks took {[f'{1000 * longest:.1f} ms' for longest in tries]}")
 
 
-@pytest.fixture
-def host() -> Iterator[None]:
-    """What belongs to the host process is afterwards as it was before."""
-
-    def snapshot() -> tuple[object, ...]:
-        handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
-        return (
-            handlers,
-            dict(os.environ),
-            list(logging.getLogger().handlers),
-            logging.getLogger().level,
-            sys.getswitchinterval(),
-            sys.excepthook,
-            threading.excepthook,
-            torch.get_num_threads(),
-            torch.get_default_dtype(),
-            torch.is_grad_enabled(),
-            torch.random.get_rng_state().tolist(),
-            set(threading.enumerate()),
-        )
-
-    before = snapshot()
-    yield
-    assert snapshot() == before
+def host_state() -> tuple[object, ...]:
+    """What belongs to the host process and not to a library in it."""
+    return (
+        {number: signal.getsignal(number) for number in signal.valid_signals()},
+        dict(os.environ),
+        list(logging.getLogger().handlers),
+        logging.getLogger().level,
+        sys.getswitchinterval(),
+        sys.excepthook,
+        threading.excepthook,
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        torch.random.get_rng_state().tolist(),
+        set(threading.enumerate()),
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("host")
 def test_the_host_process_is_left_alone() -> None:
     """No signal handler, logging set-up, environment variable, torch setting, random state or thread is changed."""
 
@@ -166,4 +156,6 @@ def test_the_host_process_is_left_alone() -> None:
         async with open_runtime() as engine:
             await engine.infer("def ", max_tokens=4, temperature=1.0)
 
+    before = host_state()
     anyio.run(main)
+    assert host_state() == before

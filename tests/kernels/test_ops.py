@@ -1,0 +1,126 @@
+"""Each TensorOps against float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ferrum_rt.kernels.cpu import CpuOps
+from ferrum_rt.kernels.reference import ReferenceOps
+
+BACKENDS = [ReferenceOps(), CpuOps()]
+# The usual bounds: a few units in the last place of the type that the result is rounded to.
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+backends = pytest.mark.parametrize("ops", BACKENDS, ids=lambda ops: type(ops).__name__)
+dtypes = pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def close(ours: Tensor, expected: Tensor) -> None:
+    bound = BOUNDS[ours.dtype]
+    torch.testing.assert_close(ours.double(), expected, atol=bound, rtol=bound)
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("rows", [1, 3, 16, 65])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_linear(ops: ReferenceOps, dtype: torch.dtype, rows: int, has_bias: bool) -> None:
+    """x @ weight.T + bias, for few rows and many."""
+    x, weight = random(rows, 96, dtype=dtype), random(80, 96, dtype=dtype, seed=1) / 10
+    bias = random(80, dtype=dtype, seed=2) if has_bias else None
+    out = ops.empty((rows, 80), dtype)
+    ops.linear(out, x, ops.pack_linear(weight, bias))
+    close(out, F.linear(x.double(), weight.double(), None if bias is None else bias.double()))
+
+
+@backends
+@dtypes
+def test_norms(ops: ReferenceOps, dtype: torch.dtype) -> None:
+    """RMS norm alone, in place, and after adding to the residual."""
+    x, residual, weight = random(5, 64, dtype=dtype), random(5, 64, dtype=dtype, seed=1), random(64, dtype=torch.float32)
+
+    def norm(value: Tensor) -> Tensor:
+        return value * (value.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
+
+    out = ops.empty((5, 64), dtype)
+    ops.rms_norm(out, x, weight, 1e-6)
+    close(out, norm(x.double()))
+    added = residual + x
+    ops.add_rms_norm(out, residual, x, weight, 1e-6)
+    assert torch.equal(residual, added)
+    close(out, norm(added.double()))
+    expected = norm(x.double())
+    ops.rms_norm(x, x, weight, 1e-6)
+    close(x, expected)
+
+
+@backends
+@dtypes
+def test_rope_rotates_the_first_dimensions_of_strided_heads(ops: ReferenceOps, dtype: torch.dtype) -> None:
+    """Pairs (i, i + half) are turned by their angle, dimensions past the rotary ones are left as they are."""
+    qkv = random(6, 4 * 10, dtype=dtype)
+    q, k = (part.view(6, 2, 10) for part in qkv.split([20, 20], dim=-1))
+    angles = torch.outer(torch.arange(9).double(), torch.tensor([1.0, 0.3, 0.1, 0.03]).double())
+    positions = torch.tensor([0, 1, 2, 5, 7, 8])
+    expected = qkv.double().view(6, 4, 10).clone()
+    cos, sin = angles[positions].cos()[:, None], angles[positions].sin()[:, None]
+    first, second = expected[..., :4].clone(), expected[..., 4:8].clone()
+    expected[..., :4], expected[..., 4:8] = first * cos - second * sin, second * cos + first * sin
+    ops.rope(q, k, positions, torch.cat([angles.cos(), angles.sin()], dim=-1).float())
+    close(qkv.view(6, 4, 10), expected)
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
+def test_gated_activation(ops: ReferenceOps, dtype: torch.dtype, kind: str) -> None:
+    """act(gate) * up, for both activations."""
+    gate_up = random(5, 64, dtype=dtype)
+    out = ops.empty((5, 32), dtype)
+    ops.gated_activation(out, gate_up, kind)
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    close(out, (F.silu(gate) if kind == "silu" else F.gelu(gate, approximate="tanh")) * up)
+
+
+@backends
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_mixture_of_experts(ops: ReferenceOps, renormalize: bool) -> None:
+    """Each token gets its best experts' outputs, weighted by the router."""
+    x, router = random(7, 16, dtype=torch.float32), random(7, 4, dtype=torch.float32, seed=1)
+    weights = [
+        (random(24, 16, dtype=torch.float32, seed=2 + i), random(16, 12, dtype=torch.float32, seed=9 + i)) for i in range(4)
+    ]
+    experts = [(ops.pack_linear(up, None), ops.pack_linear(down, None)) for up, down in weights]
+    out = ops.empty((7, 16), torch.float32)
+    ops.mixture_of_experts(out, x, router, experts, top_k=2, renormalize=renormalize, kind="silu")
+    expected = torch.zeros(7, 16, dtype=torch.float64)
+    for row in range(7):
+        shares = torch.softmax(router[row].double(), dim=-1)
+        best = shares.topk(2).indices.tolist()
+        total = sum(shares[best]) if renormalize else 1.0
+        for index in best:
+            up, down = weights[index]
+            gate, value = (x[row].double() @ up.double().T).chunk(2)
+            expected[row] += shares[index] / total * ((F.silu(gate) * value) @ down.double().T)
+    torch.testing.assert_close(out.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@backends
+@dtypes
+def test_embed_gather_and_soft_cap(ops: ReferenceOps, dtype: torch.dtype) -> None:
+    """Rows are looked up and scaled, picked, and capped."""
+    table, ids = random(11, 8, dtype=dtype), torch.tensor([3, 0, 10, 3])
+    out = ops.empty((4, 8), dtype)
+    ops.embed(out, ids, table, 2.0)
+    assert torch.equal(out, table[ids] * 2)
+    picked = ops.empty((2, 8), dtype)
+    ops.gather_rows(picked, out, torch.tensor([2, 0]))
+    assert torch.equal(picked, out[[2, 0]])
+    expected = 1.5 * torch.tanh(picked.double() / 1.5)
+    ops.soft_cap(picked, 1.5)
+    close(picked, expected)
