@@ -92,15 +92,17 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in _HOMES:
-        home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
-        return getattr(home, name)
-    errors = importlib.import_module(f"{__name__}.interfaces.errors")
-    types = importlib.import_module(f"{__name__}.interfaces.types")
-    return getattr(errors, name, None) or getattr(types, name)
+if not TYPE_CHECKING:  # a type checker that saw this would take any name for a public one
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name in _HOMES:
+            home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+            return getattr(home, name)
+        errors = importlib.import_module(f"{__name__}.interfaces.errors")
+        types = importlib.import_module(f"{__name__}.interfaces.types")
+        return getattr(errors, name, None) or getattr(types, name)
 
 
 def __dir__() -> list[str]:

@@ -150,7 +150,10 @@ def build_config(model: str | None, base: EngineConfig | None, fields: Mapping[s
             part, field = _SHORTCUTS[key]
             tree[part][field] = value
         elif key in tree:
-            given = msgspec.to_builtins(value)
+            try:
+                given = msgspec.to_builtins(value)
+            except TypeError as error:
+                raise ConfigError(f"{key}: {error}") from error
             if not isinstance(given, dict):
                 raise ConfigError(f"{key}: expected a dict or a Struct, got {value!r}")
             _check_keys(given, tree[key], key)
@@ -205,5 +208,5 @@ def _check_keys(given: Mapping[str, Any], known: Mapping[str, Any], path: str) -
 
 
 def _unknown(key: str, known: Any, path: str) -> str:
-    nearest = difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
+    nearest = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.0)
     return f"unknown configuration key {path!r}; did you mean {nearest[0]!r}?"

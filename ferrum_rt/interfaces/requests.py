@@ -102,7 +102,7 @@ def build_request(prompt: Prompt | InferenceRequest, fields: Mapping[str, Any]) 
     Raises TypeError for an unknown field, RequestValidationError naming a wrong one, Unsupported for one that this
     engine cannot honour.
     """
-    request = prompt if isinstance(prompt, InferenceRequest) else InferenceRequest(prompt=prompt)
+    request = _checked_request(prompt) if isinstance(prompt, InferenceRequest) else InferenceRequest(prompt=prompt)
     of_request, of_sampling = {}, {}
     for key, value in fields.items():
         if key in _REQUEST_TYPES and key != "prompt":
@@ -110,7 +110,7 @@ def build_request(prompt: Prompt | InferenceRequest, fields: Mapping[str, Any]) 
         elif key in _SAMPLING_TYPES:
             of_sampling[key] = _checked(key, value, _SAMPLING_TYPES[key])
         else:
-            nearest = difflib.get_close_matches(key, [*_REQUEST_TYPES, *_SAMPLING_TYPES], n=1, cutoff=0.0)[0]
+            nearest = difflib.get_close_matches(key, RequestFields.__annotations__, n=1, cutoff=0.0)[0]
             raise TypeError(f"unknown request field {key!r}; did you mean {nearest!r}?")
     request = msgspec.structs.replace(request, **of_request) if of_request else request
     if of_sampling:
@@ -119,7 +119,7 @@ def build_request(prompt: Prompt | InferenceRequest, fields: Mapping[str, Any]) 
     if not request.id:
         request = msgspec.structs.replace(request, id=RequestId(secrets.token_hex(8)))
     _check_prompt(request.prompt)
-    _check_sampling(request.sampling_params)
+    check_sampling(request.sampling_params)
     if request.deadline_s is not None and not 0 < request.deadline_s < math.inf:
         raise RequestValidationError(f"deadline_s must be a positive number of seconds, got {request.deadline_s!r}")
     return request
@@ -130,13 +130,25 @@ def is_token_ids(prompt: Prompt) -> bool:
     return not isinstance(prompt, str) and isinstance(prompt[0], int)
 
 
+def _checked_request(request: InferenceRequest) -> InferenceRequest:
+    """The constructor of a Struct checks no types, so a caller's request may hold anything."""
+    names = (name for name in _REQUEST_TYPES if name != "prompt")
+    fields = {name: _checked(name, getattr(request, name), _REQUEST_TYPES[name]) for name in names}
+    return msgspec.structs.replace(request, **fields)
+
+
 def _checked(key: str, value: Any, expected: Any) -> Any:
-    if isinstance(value, msgspec.Struct):
-        value = msgspec.to_builtins(value)
     try:
-        return msgspec.convert(value, expected)
+        return msgspec.convert(_plain(value), expected)
     except msgspec.ValidationError as error:
         raise RequestValidationError(f"{key}: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """A Struct as a dict, and those in it too, so that msgspec looks at every field."""
+    if isinstance(value, msgspec.Struct):
+        return {name: _plain(getattr(value, name)) for name in value.__struct_fields__}
+    return value
 
 
 def _check_prompt(prompt: Any) -> None:
@@ -152,11 +164,14 @@ def _check_prompt(prompt: Any) -> None:
             raise RequestValidationError(
                 f"prompt must hold token ids or chat messages throughout, found {type(item).__name__}"
             )
-        if isinstance(item, int) and item < 0:
+        if isinstance(item, ChatMessage):
+            _checked("prompt", item, ChatMessage)
+        elif item < 0:
             raise RequestValidationError(f"prompt holds the negative token id {item}")
 
 
-def _check_sampling(params: SamplingParams) -> None:
+def check_sampling(params: SamplingParams) -> None:
+    """Raises RequestValidationError or Unsupported, naming the field."""
     for name in _PLANNED:
         if getattr(params, name) != getattr(_DEFAULTS, name):
             raise Unsupported(f"{name} is not supported yet; leave it at its default")

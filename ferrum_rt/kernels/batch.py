@@ -44,10 +44,11 @@ class KvPages:
 
 
 def allocate_pages(num_tokens: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: str) -> KvPages:
-    """One layer's pages for ``num_tokens`` tokens, zeroed; int8 pages come with scales."""
+    """One layer's pages for ``num_tokens`` tokens; int8 pages come with scales. Not cleared: the system maps the memory of a
+    page when it is first written, and nobody reads before."""
     shape = (num_tokens, num_kv_heads, head_dim)
-    keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+    keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
     if dtype != torch.int8:
         return KvPages(keys, values)
-    key_scales, value_scales = (torch.zeros(shape[:2], dtype=torch.float32, device=device) for _ in range(2))
+    key_scales, value_scales = (torch.empty(shape[:2], dtype=torch.float32, device=device) for _ in range(2))
     return KvPages(keys, values, key_scales, value_scales)

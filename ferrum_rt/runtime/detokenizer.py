@@ -30,25 +30,28 @@ class IncrementalDecoder:
 
 
 class StopStrings:
-    """Finds the first of several strings in a text that comes in pieces, and holds back what could be the start of one."""
+    """Finds the first of several strings in a text that comes in pieces, and holds back what could be the start of one.
+    Takes time in proportion to the text, whatever the strings."""
 
     def __init__(self, strings: Sequence[str], *, include: bool) -> None:
-        self._strings = tuple(strings)
+        self._matchers = [_Matcher(string) for string in strings]
         self._include = include
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
         """The text that may go out now, and whether a stop string was found (then nothing goes out ever after)."""
-        if not self._strings:
+        if not self._matchers:
             return text, False
-        text = self._held + text
-        found = [(at, len(string)) for string in self._strings if (at := text.find(string)) >= 0]
-        if found:
-            at, length = min(found, key=lambda match: (match[0] + match[1], match[0]))
-            self._held = ""
-            return text[: at + length if self._include else at], True
-        keep = max(self._overlap(text, string) for string in self._strings)
-        cut = len(text) - keep
+        held, self._held = self._held, ""
+        for end, character in enumerate(text, start=len(held) + 1):
+            longest = 0
+            for matcher in self._matchers:
+                if matcher.feed(character):
+                    longest = max(longest, matcher.num_matched)
+            if longest:
+                return (held + text)[: end if self._include else end - longest], True
+        text = held + text
+        cut = len(text) - max(matcher.num_matched for matcher in self._matchers)
         self._held = text[cut:]
         return text[:cut], False
 
@@ -57,10 +60,25 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-    @staticmethod
-    def _overlap(text: str, string: str) -> int:
-        """The longest end of ``text`` that ``string`` starts with."""
-        for length in range(min(len(string) - 1, len(text)), 0, -1):
-            if text.endswith(string[:length]):
-                return length
-        return 0
+
+class _Matcher:
+    """How much of one string the text so far ends with (Knuth, Morris, Pratt: Fast pattern matching in strings, 1977).
+    ``_borders[n]`` is the longest proper start of the string's first n + 1 characters that they also end with; it is
+    worked out as far as the text has come."""
+
+    def __init__(self, string: str) -> None:
+        self._string = string
+        self._borders = [0]
+        self.num_matched = 0
+
+    def feed(self, character: str) -> bool:
+        """Whether the text now ends with the whole string; then feed it nothing more."""
+        self.num_matched = self._advance(self.num_matched, character)
+        if self.num_matched > len(self._borders):
+            self._borders.append(self._advance(self._borders[-1], character))
+        return self.num_matched == len(self._string)
+
+    def _advance(self, matched: int, character: str) -> int:
+        while matched and self._string[matched] != character:
+            matched = self._borders[matched - 1]
+        return matched + (self._string[matched] == character)

@@ -10,12 +10,20 @@ import msgspec
 import torch
 
 from ferrum_rt.interfaces.config import EngineConfig
-from ferrum_rt.interfaces.errors import ConfigError, DeviceError, ModelError, TokenizerError, Unsupported
+from ferrum_rt.interfaces.errors import (
+    ConfigError,
+    DeviceError,
+    ModelError,
+    RequestValidationError,
+    TokenizerError,
+    Unsupported,
+)
 from ferrum_rt.interfaces.kv_dtype import KV_DTYPES, KvDtypeKind
 from ferrum_rt.interfaces.model_executor import ModelExecutor
+from ferrum_rt.interfaces.requests import check_sampling
 from ferrum_rt.interfaces.tokenizer import Tokenizer
 from ferrum_rt.interfaces.types import DataType, Device, ModelId, ModelInfo, ModelSource, SamplingParams, TokenId
-from ferrum_rt.kernels.batch import allocate_pages
+from ferrum_rt.kernels.batch import KvPages, allocate_pages
 from ferrum_rt.kernels.cpu import CpuOps
 from ferrum_rt.runtime.executor import DecoderExecutor
 from ferrum_rt.runtime.models.decoder import Decoder, load_weights
@@ -106,7 +114,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: no such file; a model is a directory in Hugging Face's layout")
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path}: expected a JSON object")
@@ -151,8 +159,10 @@ def _sampling_defaults(path: Path, generation: dict[str, Any]) -> SamplingParams
     if generation.get("do_sample") is False:
         given = {"temperature": 0.0}
     try:
-        return msgspec.convert(given, SamplingParams, strict=False)
-    except msgspec.ValidationError as error:
+        defaults = msgspec.convert(given, SamplingParams, strict=False)
+        check_sampling(defaults)
+        return defaults
+    except (msgspec.ValidationError, RequestValidationError) as error:
         raise ModelError(f"{path}: {error}") from error
 
 
@@ -172,10 +182,7 @@ def _build_executor(directory: Path, config: EngineConfig, raw: dict[str, Any], 
     with torch.inference_mode():
         weights = load_weights(spec, reader, ops, dtype, max_model_len, progress)
         decoder = Decoder(spec, weights, ops, dtype, config.batching.max_batched_tokens, num_slots)
-        cache = [
-            allocate_pages(num_pages * block_size, spec.num_kv_heads, spec.head_dim, _KV_TORCH_DTYPES[kv_kind], ops.device)
-            for _ in spec.layers
-        ]
+        cache = _allocate_cache(spec, num_pages * block_size, _KV_TORCH_DTYPES[kv_kind], ops.device)
         return DecoderExecutor(
             ModelInfo(
                 id=ModelId(config.model.source or "demo"),
@@ -195,6 +202,13 @@ def _build_executor(directory: Path, config: EngineConfig, raw: dict[str, Any], 
             num_pages=num_pages,
             block_size=block_size,
         )
+
+
+def _allocate_cache(spec: DecoderSpec, num_tokens: int, dtype: torch.dtype, device: str) -> list[KvPages]:
+    try:
+        return [allocate_pages(num_tokens, spec.num_kv_heads, spec.head_dim, dtype, device) for _ in spec.layers]
+    except RuntimeError as error:  # what torch raises when memory cannot be had
+        raise ConfigError(f"kv_cache.num_pages: no memory for the keys and values of {num_tokens} tokens") from error
 
 
 def _checkpoint_dtype(raw: dict[str, Any]) -> DataType:

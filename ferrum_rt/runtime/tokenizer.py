@@ -29,8 +29,8 @@ class HfTokenizer:
         """Token ids of each text. Call it off the event loop: it releases the GIL."""
         try:
             encodings = self._rust.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
-        except Exception as error:  # the Rust side raises plain Exception, and TypeError for lone surrogates
-            raise TokenizerError(f"the text cannot be tokenized: {error}") from error
+        except Exception as error:  # the Rust side raises plain Exception, and a TypeError for lone surrogates
+            raise TokenizerError(f"the text cannot be tokenized: {_unicode_fault(texts) or error}") from error
         return [cast(list[TokenId], encoding.ids) for encoding in encodings]
 
     def decode(self, token_ids: Sequence[TokenId], *, skip_special_tokens: bool) -> str:
@@ -68,12 +68,21 @@ class HfTokenizerFactory:
         return HfTokenizer(rust, special, _read_template(directory, config, present))
 
 
+def _unicode_fault(texts: Sequence[str]) -> str | None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return f"it is not valid Unicode: {error.reason} at position {error.start}"
+    return None
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
         config = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise TokenizerError(f"{path}: expected a JSON object")
@@ -82,16 +91,20 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _content(token: Any) -> str | None:
     """A special token is written as its text, or as an object with it."""
-    return token.get("content") if isinstance(token, dict) else token
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
 
 
 def _read_template(directory: Path, config: Mapping[str, Any], special: Mapping[str, str]) -> ChatTemplate | None:
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return ChatTemplate(path.read_text(encoding="utf-8"), special, str(path))
+        try:
+            return ChatTemplate(path.read_text(encoding="utf-8"), special, str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise TokenizerError(f"{path}: cannot be read: {error}") from error
     source = config.get("chat_template")
     if isinstance(source, list):  # several, by name
-        source = {item["name"]: item["template"] for item in source}.get("default")
+        source = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}.get("default")
     if not isinstance(source, str):
         return None
     return ChatTemplate(source, special, str(directory / "tokenizer_config.json"))

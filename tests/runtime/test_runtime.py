@@ -420,13 +420,19 @@ async def test_nothing_is_left_after_closing() -> None:
 async def test_the_hosts_exception_comes_out_as_it_is() -> None:
     """An error in the host's block ends the engine and is raised unwrapped; running requests do not delay it."""
     began = time.monotonic()
-    with pytest.raises(ZeroDivisionError):
+
+    async def host() -> None:
         async with fake_engine(step_s=0.001) as (engine, _):
+            engines.append(engine)
             async with engine.infer_stream("x", max_tokens=1000) as stream:
                 await anext(aiter(stream))
-                _ = 1 / 0
+                raise ZeroDivisionError
+
+    engines: list[Runtime] = []
+    with pytest.raises(ZeroDivisionError):
+        await host()
     assert time.monotonic() - began < 5
-    assert engine.metrics().scheduler.pages.active == 0
+    assert engines[0].metrics().scheduler.pages.active == 0
 
 
 async def test_a_cancelled_host_closes_the_engine() -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -10,11 +10,13 @@ from ferrum_rt.interfaces.errors import ModelError
 from ferrum_rt.interfaces.types import ModelType
 from ferrum_rt.runtime.models.rope import RopeSpec
 
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+
 
 class LayerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What differs between layers: how far back attention sees, which rotary table, experts or one dense network."""
 
-    window: int | None
+    window: _Count | None
     rope: RopeSpec
     is_moe: bool
 
@@ -22,9 +24,9 @@ class LayerSpec(msgspec.Struct, frozen=True, kw_only=True):
 class MoeSpec(msgspec.Struct, frozen=True, kw_only=True):
     """``top_k`` of ``num_experts`` networks see each token; ``renormalize`` makes their weights sum to 1."""
 
-    num_experts: int
-    top_k: int
-    intermediate_size: int
+    num_experts: _Count
+    top_k: _Count
+    intermediate_size: _Count
     renormalize: bool
 
 
@@ -33,14 +35,14 @@ class DecoderSpec(msgspec.Struct, frozen=True, kw_only=True):
     ``has_post_norms`` norms what attention and MLP return, before it joins the residual."""
 
     type: ModelType
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_positions: int
-    layers: tuple[LayerSpec, ...]
+    vocab_size: _Count
+    hidden_size: _Count
+    intermediate_size: _Count
+    num_heads: _Count
+    num_kv_heads: _Count
+    head_dim: _Count
+    max_positions: _Count
+    layers: Annotated[tuple[LayerSpec, ...], msgspec.Meta(min_length=1)]
     norm_eps: float
     norm_offset: float
     activation: str
@@ -76,6 +78,7 @@ _ARCHITECTURES = {
     "Qwen3MoeForCausalLM": ModelType.QWEN3_MOE,
 }
 _GEMMA = (ModelType.GEMMA2, ModelType.GEMMA3)
+_MAX_LAYERS = 10_000
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 # What transformers assumes where config.json is silent.
 _DEFAULTS: dict[ModelType, dict[str, Any]] = {
@@ -101,16 +104,24 @@ _DEFAULTS: dict[ModelType, dict[str, Any]] = {
 
 def parse_config(config: Mapping[str, Any]) -> DecoderSpec:
     """Read a config.json. Raises ModelError for an architecture or a feature that the decoder does not have."""
-    kind = _model_type(config)
-    config = {**_DEFAULTS.get(kind, {}), **config}
     if config.get("quantization_config"):
         raise ModelError("config.json: quantized checkpoints are not supported yet (quantization_config is set)")
+    if config.get("use_bidirectional_attention"):
+        raise ModelError("config.json: use_bidirectional_attention is set, but attention is causal here")
     try:
-        return _spec(kind, config)
+        kind = _model_type(config)
+        spec = _spec(kind, {**_DEFAULTS.get(kind, {}), **config})
+        # The constructor of a Struct checks no types.
+        spec = msgspec.convert(msgspec.to_builtins(spec), DecoderSpec)
     except KeyError as error:
         raise ModelError(f"config.json: the key {error} is missing") from error
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
         raise ModelError(f"config.json: a value cannot be used: {error}") from error
+    if spec.num_heads % spec.num_kv_heads:
+        raise ModelError(f"config.json: {spec.num_heads} heads cannot share {spec.num_kv_heads} key-value heads evenly")
+    if spec.moe is not None and spec.moe.top_k > spec.moe.num_experts:
+        raise ModelError(f"config.json: a token cannot see {spec.moe.top_k} of {spec.moe.num_experts} experts")
+    return spec
 
 
 def _spec(kind: ModelType, config: Mapping[str, Any]) -> DecoderSpec:
@@ -172,11 +183,17 @@ def _moe(kind: ModelType, config: Mapping[str, Any]) -> MoeSpec | None:
 
 
 def _layers(kind: ModelType, config: Mapping[str, Any], head_dim: int, *, has_moe: bool) -> Iterator[LayerSpec]:
-    types = config.get("layer_types") or [_layer_type(kind, config, i) for i in range(config["num_hidden_layers"])]
     dense = set(config.get("mlp_only_layers") or ())
     every = config.get("decoder_sparse_step") or 1
+    if config["num_hidden_layers"] > _MAX_LAYERS:
+        raise ModelError(f"config.json: num_hidden_layers is {config['num_hidden_layers']}, more than {_MAX_LAYERS}")
+    types = config.get("layer_types") or [_layer_type(kind, config, i) for i in range(config["num_hidden_layers"])]
     for index in range(config["num_hidden_layers"]):
+        if types[index] not in ("full_attention", "sliding_attention"):
+            raise ModelError(f"config.json: the layer type {types[index]!r} is not supported")
         is_sliding = types[index] == "sliding_attention"
+        if is_sliding and config["sliding_window"] is None:
+            raise ModelError("config.json: sliding_window is null, but there are layers of the type 'sliding_attention'")
         yield LayerSpec(
             window=config["sliding_window"] if is_sliding else None,
             rope=_rope(config, types[index], head_dim),
@@ -204,17 +221,19 @@ def _rope(config: Mapping[str, Any], layer_type: str, head_dim: int) -> RopeSpec
     older form, in which Gemma 3 gives its sliding layers a theta of their own and no scaling."""
     given = config.get("rope_parameters")
     if given:
-        scaling = given.get(layer_type, given) if isinstance(given.get(layer_type, None), dict) else given
+        scaling = given[layer_type] if any(isinstance(value, dict) for value in given.values()) else given
         theta = scaling.get("rope_theta") or config.get("rope_theta") or 10000.0
     elif layer_type == "sliding_attention" and "rope_local_base_freq" in config:
         scaling, theta = {}, config["rope_local_base_freq"]
     else:
         scaling, theta = config.get("rope_scaling") or {}, config.get("rope_theta") or 10000.0
-    scaling = dict(scaling)
-    scaling.setdefault("rope_type", scaling.get("type") or "default")
-    scaling.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
     share = scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    return RopeSpec(theta=float(theta), rotary_dim=int(head_dim * share), scaling=scaling)
+    # The rest alone, so that old and new configs (and layers that share a table) have equal specs.
+    said_elsewhere = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+    rest = {key: value for key, value in scaling.items() if key not in said_elsewhere}
+    rest.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+    return RopeSpec(theta=float(theta), rotary_dim=int(head_dim * share), scaling={"rope_type": kind, **rest})
 
 
 def decoder_parts(spec: DecoderSpec) -> dict[str, Part]:

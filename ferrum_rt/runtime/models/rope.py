@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import torch
@@ -14,8 +14,8 @@ from ferrum_rt.interfaces.errors import ModelError
 class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
     """``rotary_dim`` of a head's dimensions are rotated. ``scaling`` is the config's own mapping, with its ``rope_type``."""
 
-    theta: float
-    rotary_dim: int
+    theta: Annotated[float, msgspec.Meta(gt=0)]
+    rotary_dim: Annotated[int, msgspec.Meta(ge=2, multiple_of=2)]
     scaling: dict[str, Any]
 
 
@@ -23,7 +23,10 @@ def cos_sin_table(spec: RopeSpec, num_positions: int) -> Tensor:
     """float32 [num_positions, rotary_dim]: cosines, then sines."""
     frequencies, magnitude = _frequencies(spec)
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1) * magnitude
+    table = torch.cat([angles.cos(), angles.sin()], dim=-1) * magnitude
+    if not table.isfinite().all():
+        raise ModelError(f"config.json: rope scaling {spec.scaling['rope_type']!r} has values that lead to no finite angles")
+    return table
 
 
 def _frequencies(spec: RopeSpec) -> tuple[Tensor, float]:
@@ -42,6 +45,8 @@ def _frequencies(spec: RopeSpec) -> tuple[Tensor, float]:
                 return _yarn(base, spec)
     except KeyError as error:
         raise ModelError(f"config.json: rope scaling {kind!r} needs the key {error}") from error
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ModelError(f"config.json: rope scaling {kind!r} has a value that cannot be used: {error}") from error
     raise ModelError(f"config.json: rope scaling {kind!r} is not supported (default, linear, llama3 and yarn are)")
 
 

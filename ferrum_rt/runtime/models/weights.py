@@ -4,6 +4,7 @@ Every tensor a model needs is looked up in the files' headers, with its shape, b
 """
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from ferrum_rt.interfaces.errors import ModelError
 from ferrum_rt.runtime.models.families import Part
+
+# What weights are stored as, by safetensors' names. Anything else is quantized, and nonsense without its scales.
+_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 class WeightReader(Protocol):
@@ -43,11 +47,16 @@ class CheckpointReader:
                     listed = ", ".join(sorted({file.name for file in self._files}))
                     raise ModelError(f"{listed}: the tensor {name!r} is missing")
                 try:
-                    found = tuple(self._files[path].get_slice(name).get_shape())
+                    header = self._files[path].get_slice(name)
                 except SafetensorError as error:
                     raise ModelError(f"{path}: the tensor {name!r} is listed in the index but not here") from error
+                found = tuple(header.get_shape())
                 if found != shape:
                     raise ModelError(f"{path}: the tensor {name!r} has shape {list(found)}, expected {list(shape)}")
+                if header.get_dtype() not in _DTYPES:
+                    raise ModelError(
+                        f"{path}: the tensor {name!r} is of type {header.get_dtype()}, expected one of {', '.join(_DTYPES)}"
+                    )
 
     def read(self, part: Part, dtype: torch.dtype) -> Tensor:
         rows = sum(shape[0] for shape in part.shapes)
@@ -64,7 +73,7 @@ class CheckpointReader:
             try:
                 listed = json.loads(index.read_bytes())["weight_map"]
                 where = {str(name): directory / str(file) for name, file in listed.items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise ModelError(f"{index}: not a valid index of shards: {error!r}") from error
             for path in sorted(set(where.values())):
                 if path.parent != directory:
@@ -85,11 +94,12 @@ class CheckpointReader:
 
 
 class DummyReader:
-    """Random weights of any shape, the same at each run; norms are 1 so that activations stay in range."""
+    """Random weights of any shape, the same at each run; norms are 1 so that activations stay in range. The numbers repeat
+    after a prime count, which no row length divides: drawing a billion of them would take a minute."""
 
     def __init__(self, norm_offset: float) -> None:
         self._norm = 1.0 - norm_offset
-        self._generator = torch.Generator().manual_seed(0)
+        self._numbers = torch.empty(1_000_003).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(0))
 
     def check(self, parts: Iterable[Part]) -> None:
         pass
@@ -98,4 +108,8 @@ class DummyReader:
         shape = (sum(shape[0] for shape in part.shapes), *part.shapes[0][1:])
         if part.names[0].endswith("norm.weight"):
             return torch.full(shape, self._norm, dtype=dtype)
-        return torch.empty(shape, dtype=dtype).normal_(0.0, 0.02, generator=self._generator)
+        numbers = self._numbers.to(dtype)
+        result = torch.empty(math.prod(shape), dtype=dtype)
+        for piece in result.split(len(numbers)):
+            piece.copy_(numbers[: len(piece)])
+        return result.view(shape)

@@ -1,0 +1,73 @@
+"""ferrum-rt: the runtime from a terminal. One module per command; this one reads the command line and reports errors."""
+
+import argparse
+from typing import NoReturn
+
+import ferrum_rt
+from ferrum_rt.cli.chat import chat
+from ferrum_rt.cli.doctor import doctor
+from ferrum_rt.cli.options import add_engine_options, add_json_option, add_model_option, add_sampling_options
+from ferrum_rt.cli.output import discard_stdout, report_error
+from ferrum_rt.cli.run import run
+from ferrum_rt.interfaces.errors import FerrumError
+
+ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+
+
+class UsageError(Exception):
+    """The command line makes no sense."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises what is wrong instead of printing the usage and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 when done, 1 when doctor finds a fault, 2 after an error, and what a
+    shell reports for a program that Ctrl-C (130) or a closed pipe (141) ended. --help and --version raise SystemExit."""
+    try:
+        try:
+            arguments = _parser().parse_args(argv)
+            status: int = arguments.command(arguments)
+            return status
+        finally:
+            print(end="", flush=True)  # what cannot be written is better met here than at the interpreter's exit
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        discard_stdout()
+        return BROKEN_PIPE
+    except OSError as error:
+        discard_stdout()
+        report_error(error)
+        return ERROR
+    except (UsageError, FerrumError, UnicodeError) as error:
+        report_error(error)
+        return ERROR
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="ferrum-rt", description="Run language models on this machine.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"ferrum-rt {ferrum_rt.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    sub = commands.add_parser("run", help="continue a text", allow_abbrev=False)
+    sub.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input")
+    add_engine_options(sub)
+    add_sampling_options(sub)
+    add_json_option(sub)
+    sub.set_defaults(command=run)
+
+    sub = commands.add_parser("chat", help="talk with a model", allow_abbrev=False)
+    add_engine_options(sub)
+    add_sampling_options(sub)
+    sub.set_defaults(command=chat)
+
+    sub = commands.add_parser("doctor", help="show what is installed, and try it", allow_abbrev=False)
+    add_model_option(sub)
+    add_json_option(sub)
+    sub.set_defaults(command=doctor)
+    return parser

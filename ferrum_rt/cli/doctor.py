@@ -1,0 +1,133 @@
+"""ferrum-rt doctor: what this machine has, and whether a model runs on it."""
+
+import argparse
+import importlib
+import importlib.util
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import anyio
+import msgspec
+
+import ferrum_rt
+from ferrum_rt.cli.output import one_line
+from ferrum_rt.interfaces.types import ModelId
+
+_PACKAGES = ("torch", "tokenizers", "msgspec", "anyio", "uvloop")
+_OPTIONAL = ("flashinfer", "huggingface_hub")
+# The ones that CPU kernels for bfloat16 and int8 choose between.
+_INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
+_PROMPT, _NUM_TOKENS = "def ", 8
+
+
+class SelfTest(msgspec.Struct, frozen=True, kw_only=True):
+    """A short greedy generation: its text, or what went wrong."""
+
+    ok: bool
+    model: ModelId | None = None
+    text: str | None = None
+    error: str | None = None
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """``versions`` of packages that are not installed are None; ``cuda`` is the GPU's name; memory is in bytes."""
+
+    versions: dict[str, str | None]
+    importable: dict[str, bool]
+    cpu: str
+    cores: int
+    instruction_sets: dict[str, bool]
+    memory_total: int
+    memory_available: int
+    cuda: str | None
+    self_test: SelfTest
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Print the report; 1 if the self test fails."""
+    report = _examine(arguments.model)
+    print(msgspec.json.encode(report).decode() if arguments.json else _as_text(report))
+    return 0 if report.self_test.ok else 1
+
+
+def _examine(model: str | None) -> Report:
+    cpu, memory = _proc_fields("/proc/cpuinfo"), _proc_fields("/proc/meminfo")
+    flags = cpu.get("flags", "").split()
+    return Report(
+        versions={
+            "python": platform.python_version(),
+            "ferrum_rt": ferrum_rt.__version__,
+            **{name: _version(name) for name in _PACKAGES},
+        },
+        importable={name: importlib.util.find_spec(name) is not None for name in _OPTIONAL},
+        cpu=cpu.get("model name", platform.machine()),
+        cores=len(os.sched_getaffinity(0)),
+        instruction_sets={name: name in flags for name in _INSTRUCTION_SETS},
+        memory_total=_bytes(memory.get("MemTotal")),
+        memory_available=_bytes(memory.get("MemAvailable")),
+        cuda=_cuda_device(),
+        self_test=_self_test(model),
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _proc_fields(path: str) -> dict[str, str]:
+    """The ``name: value`` lines of a file under /proc; where a name comes again (each core has its own), the last."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return {}  # not Linux
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def _bytes(kibibytes: str | None) -> int:
+    return int(kibibytes.removesuffix(" kB")) * 1024 if kibibytes else 0
+
+
+def _cuda_device() -> str | None:
+    try:
+        cuda = importlib.import_module("torch").cuda
+        return cuda.get_device_name() if cuda.is_available() else None
+    except Exception:  # a broken torch is what the self test reports
+        return None
+
+
+def _self_test(model: str | None) -> SelfTest:
+    try:
+        return anyio.run(_generate, model, backend_options={"use_uvloop": True})
+    except ferrum_rt.FerrumError as error:
+        return SelfTest(ok=False, error=one_line(error))
+    except Exception as error:  # whatever is broken here, it belongs in the report
+        return SelfTest(ok=False, error=f"{type(error).__name__}: {one_line(error)}")
+
+
+async def _generate(model: str | None) -> SelfTest:
+    async with ferrum_rt.open_runtime(model, monitoring={"progress": True}) as engine:
+        response = await engine.infer(_PROMPT, max_tokens=_NUM_TOKENS, temperature=0, ignore_eos=True)
+        info = (await engine.status()).model
+    if len(response.token_ids) != _NUM_TOKENS:
+        return SelfTest(ok=False, error=f"asked for {_NUM_TOKENS} tokens, got {len(response.token_ids)}")
+    return SelfTest(ok=True, model=None if info is None else info.id, text=response.text)
+
+
+def _as_text(report: Report) -> str:
+    gib = 2**30
+    test = report.self_test
+    lines = {
+        **{name: version or "not installed" for name, version in report.versions.items()},
+        **{name: "importable" if found else "not installed" for name, found in report.importable.items()},
+        "cpu": f"{report.cpu}, {report.cores} cores",
+        "instruction sets": " ".join(name for name, found in report.instruction_sets.items() if found) or "none",
+        "memory": f"{report.memory_total / gib:.1f} GiB, {report.memory_available / gib:.1f} GiB available",
+        "cuda": report.cuda or "not available",
+        "self test": f"ok: {test.model} continues {_PROMPT!r} with {test.text!r}" if test.ok else f"failed: {test.error}",
+    }
+    return "\n".join(f"{name:<18}{value}" for name, value in lines.items())

@@ -1,0 +1,54 @@
+"""Options that several commands share, and what they mean to the engine. Checked before torch is loaded."""
+
+import argparse
+from pathlib import Path
+
+from ferrum_rt.interfaces.config import EngineConfig, build_config, load_config
+from ferrum_rt.interfaces.kv_dtype import KvDtypeKind
+from ferrum_rt.interfaces.requests import build_request
+from ferrum_rt.interfaces.types import DataType, Device, SamplingParams
+
+# Options that go by the same name in open_runtime and in SamplingParams.
+_ENGINE = ("device", "dtype", "kv_dtype", "load_format")
+_SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+
+
+def add_model_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="M", help="a directory or a hub id; the demo model if left out")
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    add_model_option(parser)
+    parser.add_argument("--config", metavar="FILE.toml", type=Path, help="a configuration, which the options overrule")
+    parser.add_argument("--device", choices=[item.value for item in Device], help="where to compute")
+    parser.add_argument("--dtype", choices=[item.value for item in DataType], help="type of weights and activations")
+    parser.add_argument("--kv-dtype", choices=[item.value for item in KvDtypeKind], help="type of cached keys and values")
+    parser.add_argument("--load-format", choices=["auto", "dummy"], help="dummy: random weights of the model's shape")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-tokens", metavar="N", type=int, help="generate at most N tokens")
+    parser.add_argument("--temperature", metavar="T", type=float, help="0 always takes the likeliest token")
+    parser.add_argument("--top-p", metavar="P", type=float, help="choose among the likeliest tokens that sum to P")
+    parser.add_argument("--top-k", metavar="K", type=int, help="choose among the K likeliest tokens; 0: among all")
+    parser.add_argument("--seed", metavar="S", type=int, help="the same seed gives the same text")
+    parser.add_argument("--stop", metavar="STRING", nargs="+", action="extend", help="end before any of these strings")
+
+
+def engine_config(arguments: argparse.Namespace) -> EngineConfig:
+    """Raises ConfigError."""
+    base = None if arguments.config is None else load_config(arguments.config)
+    return build_config(arguments.model, base, _given(arguments, _ENGINE) | {"monitoring": {"progress": True}})
+
+
+def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
+    """Raises RequestValidationError."""
+    return build_request("", _given(arguments, _SAMPLING)).sampling_params
+
+
+def _given(arguments: argparse.Namespace, names: tuple[str, ...]) -> dict[str, object]:
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}

@@ -1,0 +1,21 @@
+"""What the commands write to the terminal."""
+
+import os
+import sys
+
+
+def report_error(error: Exception) -> None:
+    """One line on standard error, whatever the message looks like."""
+    start = "\r\033[K" if sys.stderr.isatty() else ""  # over a loading bar that was cut short
+    print(f"{start}ferrum-rt: error: {one_line(error)}", file=sys.stderr)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def discard_stdout() -> None:
+    """Nobody reads it, or it cannot be written: without this the interpreter would complain when it flushes at its exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

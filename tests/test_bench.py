@@ -1,0 +1,59 @@
+"""The benches still run, and end in the JSON line that they promise. Their figures are not looked at."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SPREAD = {"median", "low", "high"}
+
+
+def smoke(bench: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", f"bench.{bench}", "--smoke"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert report["bench"] == bench
+    assert report["command"] == f"python -m bench.{bench} --smoke"
+    assert {"cpu", "cores", "load_average", "torch"} <= report["machine"].keys()
+    assert report["settings"]
+    return report
+
+
+@pytest.mark.slow
+def test_host_overhead() -> None:
+    rows = smoke("host_overhead")["us_per_step"]
+    assert [row["batch"] for row in rows] == [1, 4]
+    for row in rows:
+        for name in ("loop", "wall", "scheduler", "executor"):
+            assert row[name].keys() == SPREAD
+            assert row[name]["median"] > 0
+
+
+@pytest.mark.slow
+def test_throughput() -> None:
+    rows = smoke("throughput")["results"]
+    assert [row["batch"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["tokens_per_s"].keys() == {"ferrum_rt", "generate", "continuous batching"}
+        assert row["ours_over"].keys() == {"generate", "continuous batching"}
+        assert row["ours_over"]["generate"].keys() == SPREAD
+        assert row["agreement_with_generate"].keys() == {"ferrum_rt", "continuous batching"}
+
+
+@pytest.mark.slow
+def test_busy_host() -> None:
+    report = smoke("busy_host")
+    hosts = ["idle", "half busy", "spinning"]
+    assert [(row["host"], row["batch"]) for row in report["throughput"]] == [(host, 2) for host in hosts]
+    assert {(row["host"], row["batch"]) for row in report["loop_delay_ms"]} == {(h, b) for h in hosts for b in (0, 2)}
+    for row in report["throughput"]:
+        assert row["tokens_per_s"]["median"] > 0
+        assert row["share_of_idle"].keys() == SPREAD
+    for row in report["loop_delay_ms"]:
+        for name in ("p50", "p99", "max", "p99_added"):
+            assert row[name].keys() == SPREAD

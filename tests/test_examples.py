@@ -1,0 +1,116 @@
+"""The examples, run as a reader would run them."""
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent
+LIMIT_S = 120
+
+
+def run_example(name: str) -> str:
+    """What it writes to standard output; it must succeed and write nothing else."""
+    process = subprocess.run([sys.executable, f"examples/{name}"], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)
+    assert (process.returncode, process.stderr) == (0, "")
+    return process.stdout
+
+
+@pytest.fixture(scope="module")
+def server_url() -> Iterator[str]:
+    """The Starlette application, served by uvicorn on a port that was free."""
+    command = [sys.executable, "-m", "uvicorn", "--app-dir", "examples", "starlette_app:app", "--port", "0"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        log = ""
+        while (running := re.search(r"running on (http://\S+)", log)) is None:
+            line = server.stderr.readline()
+            assert line, f"the server ended: {log}"
+            log += line
+        yield running[1]
+        server.terminate()
+        log = server.stderr.read()
+    assert "Application shutdown complete" in log
+    assert "Traceback" not in log
+
+
+@pytest.fixture
+def client(server_url: str) -> Iterator[httpx.Client]:
+    # A proxy from the environment would stand between the server and the client that hangs up.
+    with httpx.Client(base_url=server_url, timeout=LIMIT_S, trust_env=False) as client:
+        yield client
+
+
+def test_script_prints_an_answer_a_stream_and_a_batch() -> None:
+    """All three ways to ask give text, and the bad prompt of the batch spoils only its own answer."""
+    out = run_example("script.py")
+
+    assert out.startswith("if __name__ ==")
+    assert re.search(r"^-- \d+ tokens, ended by (length|eos)$", out, re.MULTILINE)
+    assert "class Queue:" in out
+    assert len(re.findall(r"^'.*' -> ['\"]", out, re.MULTILINE)) == 3
+    assert len(re.findall(r"^\[123456789\]: request_validation_error: ", out, re.MULTILINE)) == 1
+
+
+def test_two_clients_are_both_served() -> None:
+    """Each client's answers and tokens are counted as its own, and none is left out."""
+    header, *rows = run_example("two_clients.py").splitlines()
+
+    assert header.split()[0] == "client"
+    accounts = {name: [int(count) for count in counts] for name, *counts in (row.split() for row in rows)}
+    answers, failures, prompt_tokens, output_tokens = accounts["editor"]
+    assert answers + failures == 5  # on a slow machine a deadline can pass
+    answers, failures, prompt_tokens, output_tokens = accounts["batch"]
+    assert (answers, failures) == (12, 0)
+    assert prompt_tokens > answers
+    assert output_tokens >= answers
+
+
+def test_starlette_app_streams_text(client: httpx.Client) -> None:
+    """The text comes in pieces, and there is some."""
+    with client.stream("POST", "/generate", json={"prompt": "class Queue:", "max_tokens": 16}) as response:
+        pieces = list(response.iter_text())
+
+    assert response.status_code == 200
+    assert len(pieces) > 1
+    assert "".join(pieces).strip()
+
+
+@pytest.mark.parametrize("body", [{}, {"prompt": "x", "priority": 3}, {"prompt": "x", "max_tokens": 0}])
+def test_starlette_app_refuses_bad_requests(client: httpx.Client, body: dict[str, object]) -> None:
+    """A request that is wrong gets status 400 and is told why."""
+    response = client.post("/generate", json=body)
+
+    assert response.status_code == 400
+    assert response.json()["error"]
+
+
+def test_starlette_app_says_what_went_wrong_half_way(client: httpx.Client) -> None:
+    """An error that comes after the headers is told in the text."""
+    response = client.post("/generate", json={"prompt": "x " * 2000})
+
+    assert "[request_validation_error: prompt (" in response.text
+
+
+def test_a_client_that_disconnects_cancels_its_generation(client: httpx.Client) -> None:
+    """When the client hangs up, its request is counted as cancelled and its pages come free."""
+    before = client.get("/status").json()["requests"]
+    with client.stream("POST", "/generate", json={"prompt": "x", "max_tokens": 900, "temperature": 100}) as response:
+        assert next(response.iter_text())
+    # Left here, the connection is closed: most of the text was not read.
+
+    status = client.get("/status").json()
+    limit = time.monotonic() + LIMIT_S
+    while status["requests"]["running"] and time.monotonic() < limit:
+        status = client.get("/status").json()
+
+    assert status["requests"]["cancelled"] == before["cancelled"] + 1
+    assert status["requests"]["finished"] == before["finished"]
+    assert status["pages"]["active"] == 0
