@@ -1,6 +1,6 @@
 """Draws the pictures of the documentation from what the benches printed.
 
-    python -m bench.plot        reads bench/results/*.json, writes docs/*.png
+python -m bench.plot        reads bench/results/*.json, writes docs/*.png
 """
 
 import json

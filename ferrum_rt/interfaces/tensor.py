@@ -35,13 +35,11 @@ class TensorFactory(Protocol[T_co]):
 
 
 class KvLayer(Protocol[T]):
-    """The pages of one layer: keys and values [pages * block_size, kv heads, head dim], and scales [pages * block_size,
-    kv heads] where the element type has them."""
+    """The pages of one layer: for each token its keys, then its values, [pages * block_size, 2, kv heads, head dim], and
+    their scales [pages * block_size, 2, kv heads] where the element type has them."""
 
-    keys: T
-    values: T
-    key_scales: T | None
-    value_scales: T | None
+    data: T
+    scales: T | None
 
 
 class TensorOps(TensorFactory[T], Protocol[T]):
@@ -75,13 +73,13 @@ class TensorOps(TensorFactory[T], Protocol[T]):
         """residual += x, then out = rms_norm(residual)."""
         ...
 
-    def rope(self, q: T, k: T, positions: T, cos_sin: T) -> None:
-        """Rotate q [N, heads, dim] and k in place (arXiv:2104.09864, halves paired); cos_sin [positions, rotary dim] is
-        cosines then sines."""
+    def qk_norm_rope(self, qk: T, norm_weight: T | None, eps: float, positions: T, cos_sin: T) -> None:
+        """Norm (where there is a weight [heads, dim]) and rotate the queries and keys qk [N, heads, dim] in place
+        (arXiv:2104.09864, halves paired); cos_sin [positions, rotary dim] is cosines then sines."""
         ...
 
-    def append_kv(self, layer: KvLayer[T], k: T, v: T, kv_slots: T) -> None:
-        """Write k and v [N, kv heads, dim] to rows ``kv_slots`` [N] of the layer's pages."""
+    def append_kv(self, layer: KvLayer[T], kv: T, kv_slots: T) -> None:
+        """Write kv [N, 2, kv heads, dim] to rows ``kv_slots`` [N] of the layer's pages."""
         ...
 
     def attention(

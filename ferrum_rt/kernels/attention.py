@@ -5,7 +5,7 @@ are (one call per sequence was measured 20 times slower); a prefill chunk is a g
 queries so that masks and scores stay small and a block sees no keys behind its last query.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,17 @@ class AttentionGroup:
     rows: Tensor
     kv_slots: Tensor
     distance: Tensor
+    masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+
+    def mask(self, shared: int, window: int | None) -> Tensor:
+        """Which keys a query sees, [B, 1, shared * n, L], for heads that stand as ``shared`` queries. Kept, because layers
+        are alike."""
+        if (shared, window) not in self.masks:
+            seen = self.distance >= 0
+            if window is not None:
+                seen &= self.distance < window
+            self.masks[shared, window] = seen.repeat(1, shared, 1)[:, None]
+        return self.masks[shared, window]
 
 
 def plan_attention(batch: TokenBatch) -> list[AttentionGroup]:
@@ -73,19 +84,15 @@ def attend(
 ) -> None:
     """Attention of q [N, heads, dim] over the pages, into out [N, heads * dim]."""
     num_heads, head_dim = q.shape[1:]
-    num_kv_heads = pages.keys.shape[1]
+    num_kv_heads = pages.data.shape[2]
     shared = num_heads // num_kv_heads
     for group in groups:
         sequences, count, _ = group.distance.shape
         # The heads that share keys stand as further queries beside each other: [sequences, kv heads, shared * n, dim].
         queries = q.index_select(0, group.rows).view(sequences, count, num_kv_heads, shared, head_dim)
         queries = queries.permute(0, 2, 3, 1, 4).reshape(sequences, num_kv_heads, shared * count, head_dim)
-        keys = _gather(pages.keys, pages.key_scales, group.kv_slots, sequences, q.dtype)
-        values = _gather(pages.values, pages.value_scales, group.kv_slots, sequences, q.dtype)
-        seen = group.distance >= 0
-        if window is not None:
-            seen = seen & (group.distance < window)
-        mask = seen.repeat(1, shared, 1)[:, None]
+        keys, values = _gather(pages, group.kv_slots, sequences, q.dtype)
+        mask = group.mask(shared, window)
         if soft_cap is None:
             result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
         else:
@@ -102,26 +109,26 @@ def _soft_capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, so
     return torch.matmul(torch.softmax(scores, dim=-1), v.float()).to(q.dtype)
 
 
-def _gather(pages: Tensor, scales: Tensor | None, kv_slots: Tensor, sequences: int, dtype: torch.dtype) -> Tensor:
-    """[sequences, kv heads, keys, dim] in ``dtype``."""
-    _, num_kv_heads, head_dim = pages.shape
-    # fp8 has no index_select of its own; its bytes have.
-    raw = pages.view(torch.uint8) if pages.itemsize == 1 else pages
-    picked = raw.index_select(0, kv_slots).view(pages.dtype).view(sequences, -1, num_kv_heads, head_dim).to(dtype)
-    if scales is not None:
-        picked.mul_(scales.index_select(0, kv_slots).view(sequences, -1, num_kv_heads, 1))
-    return picked.transpose(1, 2)
+def _gather(pages: KvLayer[Tensor], kv_slots: Tensor, sequences: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values, each [sequences, kv heads, keys, dim] in ``dtype``."""
+    picked = _bytes(pages.data).index_select(0, kv_slots).view(pages.data.dtype).to(dtype)
+    if pages.scales is not None:
+        picked.mul_(pages.scales.index_select(0, kv_slots)[..., None])
+    keys, values = picked.view(sequences, -1, *pages.data.shape[1:]).permute(2, 0, 3, 1, 4)
+    return keys, values
 
 
-def append(pages: Tensor, scales: Tensor | None, x: Tensor, kv_slots: Tensor) -> None:
-    """Write x [N, kv heads, dim] into the rows ``kv_slots`` [N] of ``pages``, converted to their type."""
-    if scales is not None:
-        magnitude = x.float().abs().amax(dim=-1).clamp_min_(1e-12) / 127.0
-        scales.index_copy_(0, kv_slots, magnitude)
-        x = (x.float() / magnitude[..., None]).round_()
-    elif pages.dtype == torch.float8_e4m3fn:
-        x = x.float().clamp_(-FP8_MAX, FP8_MAX)
-    x = x.to(pages.dtype)
-    if pages.itemsize == 1:
-        pages, x = pages.view(torch.uint8), x.view(torch.uint8)
-    pages.index_copy_(0, kv_slots, x)
+def append(pages: KvLayer[Tensor], kv: Tensor, kv_slots: Tensor) -> None:
+    """Write kv [N, 2, kv heads, dim] into the rows ``kv_slots`` [N] of the pages, converted to their type."""
+    if pages.scales is not None:
+        scales = kv.float().abs().amax(dim=-1).clamp_min_(1e-12) / 127.0
+        pages.scales.index_copy_(0, kv_slots, scales)
+        kv = (kv.float() / scales[..., None]).round_()
+    elif pages.data.dtype == torch.float8_e4m3fn:
+        kv = kv.float().clamp_(-FP8_MAX, FP8_MAX)
+    _bytes(pages.data).index_copy_(0, kv_slots, _bytes(kv.to(pages.data.dtype)))
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """fp8 has no indexing of its own; its bytes have."""
+    return x.view(torch.uint8) if x.itemsize == 1 else x

@@ -35,20 +35,19 @@ class TokenBatch:
 
 @dataclass(slots=True)
 class KvPages:
-    """The KvLayer of torch backends: keys and values [pages * block_size, kv heads, head dim]."""
+    """The KvLayer of torch backends."""
 
-    keys: Tensor
-    values: Tensor
-    key_scales: Tensor | None = None
-    value_scales: Tensor | None = None
+    data: Tensor
+    scales: Tensor | None = None
 
 
 def allocate_pages(num_tokens: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: str) -> KvPages:
-    """One layer's pages for ``num_tokens`` tokens; int8 pages come with scales. Not cleared: the system maps the memory of a
-    page when it is first written, and nobody reads before."""
-    shape = (num_tokens, num_kv_heads, head_dim)
-    keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-    if dtype != torch.int8:
-        return KvPages(keys, values)
-    key_scales, value_scales = (torch.empty(shape[:2], dtype=torch.float32, device=device) for _ in range(2))
-    return KvPages(keys, values, key_scales, value_scales)
+    """One layer's pages for ``num_tokens`` tokens; int8 pages come with scales. Not cleared: the system maps memory when it
+    is first written, and nobody reads before. Raises MemoryError."""
+    shape = (num_tokens, 2, num_kv_heads, head_dim)
+    try:
+        data = torch.empty(shape, dtype=dtype, device=device)
+        scales = torch.empty(shape[:3], dtype=torch.float32, device=device) if dtype == torch.int8 else None
+    except RuntimeError as error:
+        raise MemoryError(f"no memory for pages of shape {list(shape)}") from error
+    return KvPages(data, scales)

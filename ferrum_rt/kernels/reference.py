@@ -61,18 +61,20 @@ class ReferenceOps:
         residual.add_(x)
         self.rms_norm(out, residual, weight, eps)
 
-    def rope(self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
+    def qk_norm_rope(self, qk: Tensor, norm_weight: Tensor | None, eps: float, positions: Tensor, cos_sin: Tensor) -> None:
+        wide = qk.float()
+        if norm_weight is not None:
+            wide = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_().mul(wide).mul_(norm_weight)
         half = cos_sin.shape[1] // 2
         cos, sin = cos_sin.index_select(0, positions)[:, None].split(half, dim=-1)
-        for x in (q, k):
-            first, second = x[..., :half].float(), x[..., half : 2 * half].float()
-            # Both before either is written: in float32 these are views of x.
-            rotated = first * cos - second * sin, second * cos + first * sin
-            x[..., :half], x[..., half : 2 * half] = rotated
+        first, second, rest = wide.split([half, half, wide.shape[-1] - 2 * half], dim=-1)
+        # All of it before any is written: in float32 these are views of qk.
+        turned = first * cos - second * sin, second * cos + first * sin
+        qk[..., :half], qk[..., half : 2 * half] = turned
+        qk[..., 2 * half :] = rest
 
-    def append_kv(self, layer: KvLayer[Tensor], k: Tensor, v: Tensor, kv_slots: Tensor) -> None:
-        append(layer.keys, layer.key_scales, k, kv_slots)
-        append(layer.values, layer.value_scales, v, kv_slots)
+    def append_kv(self, layer: KvLayer[Tensor], kv: Tensor, kv_slots: Tensor) -> None:
+        append(layer, kv, kv_slots)
 
     def attention(
         self,

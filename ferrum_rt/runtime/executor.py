@@ -56,12 +56,7 @@ class DecoderExecutor:
         )
 
     def memory_usage(self) -> MemoryUsage:
-        tensors = (
-            tensor
-            for pages in self._cache
-            for tensor in (pages.keys, pages.values, pages.key_scales, pages.value_scales)
-            if tensor is not None
-        )
+        tensors = (tensor for pages in self._cache for tensor in (pages.data, pages.scales) if tensor is not None)
         return MemoryUsage(weights=self._decoder.weights.num_bytes, kv_cache=sum(tensor.nbytes for tensor in tensors))
 
     def _batch(self, items: UnifiedBatch) -> tuple[TokenBatch, SamplingContext]:

@@ -207,7 +207,7 @@ def _build_executor(directory: Path, config: EngineConfig, raw: dict[str, Any], 
 def _allocate_cache(spec: DecoderSpec, num_tokens: int, dtype: torch.dtype, device: str) -> list[KvPages]:
     try:
         return [allocate_pages(num_tokens, spec.num_kv_heads, spec.head_dim, dtype, device) for _ in spec.layers]
-    except RuntimeError as error:  # what torch raises when memory cannot be had
+    except MemoryError as error:
         raise ConfigError(f"kv_cache.num_pages: no memory for the keys and values of {num_tokens} tokens") from error
 
 

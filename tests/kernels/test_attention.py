@@ -42,8 +42,7 @@ class Case:
         order = torch.randperm(NUM_PAGES, generator=generator).tolist()
         self.pages = allocate_pages(NUM_PAGES * BLOCK_SIZE, num_kv_heads, dim, dtype, "cpu")
         if dtype.is_floating_point and dtype.itemsize > 1:
-            self.pages.keys.fill_(math.nan)
-            self.pages.values.fill_(math.nan)
+            self.pages.data.fill_(math.nan)
         self.tables = torch.zeros((len(lengths), MAX_PAGES), dtype=torch.int64)
         self.k, self.v, self.spans = [], [], []
         row = 0
@@ -55,7 +54,9 @@ class Case:
             del order[:num_pages]
             k, v = (torch.randn(length, num_kv_heads, dim, generator=generator) for _ in range(2))
             at = torch.arange(length)
-            ops.append_kv(self.pages, k, v, self.tables[slot, at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE)
+            ops.append_kv(
+                self.pages, torch.stack([k, v], dim=1), self.tables[slot, at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE
+            )
             self.k.append(k.double())
             self.v.append(v.double())
             self.spans.append(QuerySpan(slot, row, count, start))
@@ -132,7 +133,6 @@ def test_int8_pages_take_a_quarter_of_float32() -> None:
     """int8 pages with their scales are about a quarter the size of float32 pages."""
 
     def size(pages: KvPages) -> int:
-        scales = pages.key_scales.nbytes if pages.key_scales is not None else 0
-        return pages.keys.nbytes + scales
+        return pages.data.nbytes + (pages.scales.nbytes if pages.scales is not None else 0)
 
     assert size(allocate_pages(64, 2, 64, torch.int8, "cpu")) <= 0.27 * size(allocate_pages(64, 2, 64, torch.float32, "cpu"))

@@ -61,18 +61,23 @@ def test_norms(ops: ReferenceOps, dtype: torch.dtype) -> None:
 
 @backends
 @dtypes
-def test_rope_rotates_the_first_dimensions_of_strided_heads(ops: ReferenceOps, dtype: torch.dtype) -> None:
-    """Pairs (i, i + half) are turned by their angle, dimensions past the rotary ones are left as they are."""
-    qkv = random(6, 4 * 10, dtype=dtype)
-    q, k = (part.view(6, 2, 10) for part in qkv.split([20, 20], dim=-1))
+@pytest.mark.parametrize("has_norm", [False, True])
+def test_queries_and_keys_are_normed_and_rotated(ops: ReferenceOps, dtype: torch.dtype, has_norm: bool) -> None:
+    """Each head is normed with its own weight; then pairs (i, i + half) are turned by their angle, and dimensions past the
+    rotary ones left as they are. The values beside them in memory are not touched."""
+    qkv = random(6, 5 * 10, dtype=dtype).view(6, 5, 10)
+    weight = random(4, 10, dtype=torch.float32, seed=1) if has_norm else None
     angles = torch.outer(torch.arange(9).double(), torch.tensor([1.0, 0.3, 0.1, 0.03]).double())
     positions = torch.tensor([0, 1, 2, 5, 7, 8])
-    expected = qkv.double().view(6, 4, 10).clone()
+    expected = qkv.double().clone()
+    if weight is not None:
+        wide = expected[:, :4]
+        expected[:, :4] = wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
     cos, sin = angles[positions].cos()[:, None], angles[positions].sin()[:, None]
-    first, second = expected[..., :4].clone(), expected[..., 4:8].clone()
-    expected[..., :4], expected[..., 4:8] = first * cos - second * sin, second * cos + first * sin
-    ops.rope(q, k, positions, torch.cat([angles.cos(), angles.sin()], dim=-1).float())
-    close(qkv.view(6, 4, 10), expected)
+    first, second = expected[:, :4, :4].clone(), expected[:, :4, 4:8].clone()
+    expected[:, :4, :4], expected[:, :4, 4:8] = first * cos - second * sin, second * cos + first * sin
+    ops.qk_norm_rope(qkv[:, :4], weight, 1e-6, positions, torch.cat([angles.cos(), angles.sin()], dim=-1).float())
+    close(qkv, expected)
 
 
 @backends

@@ -1,6 +1,6 @@
 """The one decoder. A model family is a DecoderSpec; a device is a TensorOps."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +37,7 @@ class Layer:
     mlp_in_norm: Tensor
     attn_out_norm: Tensor | None
     mlp_out_norm: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    qk_norm: Tensor | None
     cos_sin: Tensor
     window: int | None
 
@@ -101,8 +100,7 @@ class _Loader:
             mlp_in_norm=self._needed_norm(parts, "mlp_in_norm"),
             attn_out_norm=self.norm(parts, "attn_out_norm"),
             mlp_out_norm=self.norm(parts, "mlp_out_norm"),
-            q_norm=self.norm(parts, "q_norm"),
-            k_norm=self.norm(parts, "k_norm"),
+            qk_norm=self._qk_norm(parts),
             cos_sin=self._cos_sin(spec.rope),
             window=spec.window,
         )
@@ -123,6 +121,13 @@ class _Loader:
         weight = self._reader.read(parts[name], torch.float32)
         self.num_parameters += weight.numel()
         return weight + self._spec.norm_offset
+
+    def _qk_norm(self, parts: dict[str, Part]) -> Tensor | None:
+        """[heads + kv heads, dim]: one weight a head, so that queries and keys are normed together."""
+        q, k = self.norm(parts, "q_norm"), self.norm(parts, "k_norm")
+        if q is None or k is None:
+            return None
+        return torch.cat([q.expand(self._spec.num_heads, -1), k.expand(self._spec.num_kv_heads, -1)])
 
     def _needed_norm(self, parts: dict[str, Part], name: str) -> Tensor:
         weight = self.norm(parts, name)
@@ -205,15 +210,14 @@ class Decoder:
         ops, spec = self.ops, self.spec
         qkv, attended = self._qkv[: len(x)], self._attended[: len(x)]
         ops.linear(qkv, x, layer.qkv)
-        q, k, v = self._heads(qkv)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            ops.rms_norm(q, q, layer.q_norm, spec.norm_eps)
-            ops.rms_norm(k, k, layer.k_norm, spec.norm_eps)
-        ops.rope(q, k, batch.positions, layer.cos_sin)
-        ops.append_kv(pages, k, v, batch.kv_slots)
+        heads = qkv.view(len(qkv), -1, spec.head_dim)  # the queries', the keys', the values'
+        num_qk = spec.num_heads + spec.num_kv_heads
+        ops.qk_norm_rope(heads[:, :num_qk], layer.qk_norm, spec.norm_eps, batch.positions, layer.cos_sin)
+        kv = heads[:, spec.num_heads :].view(len(qkv), 2, spec.num_kv_heads, spec.head_dim)
+        ops.append_kv(pages, kv, batch.kv_slots)
         ops.attention(
             attended,
-            q,
+            heads[:, : spec.num_heads],
             pages,
             plan,
             scale=spec.attention_scale,
@@ -242,10 +246,3 @@ class Decoder:
             renormalize=spec.moe.renormalize,
             kind=spec.activation,
         )
-
-    def _heads(self, qkv: Tensor) -> Iterator[Tensor]:
-        """Views [N, heads, dim] of the queries, keys and values in a row of the fused projection."""
-        spec = self.spec
-        counts = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
-        parts = qkv.split([count * spec.head_dim for count in counts], dim=-1)
-        return (part.view(len(qkv), count, spec.head_dim) for part, count in zip(parts, counts, strict=True))
