@@ -20,24 +20,34 @@ FP8_MAX = 448.0
 
 @dataclass(slots=True)
 class AttentionGroup:
-    """B sequences with n queries each over L keys. ``rows`` [B * n] are the queries' rows in the batch, ``kv_slots``
-    [B * L] the keys' rows in the pages, and ``distance`` [B, n, L] how far each key lies behind each query; it is
-    negative where there is none to see."""
+    """B sequences with n queries each over L keys. ``rows`` [B * n] are the queries' rows in the batch, or None if they are
+    all its rows in order; ``kv_slots`` [B, L] are the keys' rows in the pages; ``distance`` [B, n, L] says how far each key
+    lies behind each query, and is negative where there is none to see.
 
-    rows: Tensor
+    What follows from these is the same in every layer of a kind, so it is worked out once.
+    """
+
+    rows: Tensor | None
     kv_slots: Tensor
     distance: Tensor
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    kv_rows: dict[int, Tensor] = field(default_factory=dict)
 
     def mask(self, shared: int, window: int | None) -> Tensor:
-        """Which keys a query sees, [B, 1, shared * n, L], for heads that stand as ``shared`` queries. Kept, because layers
-        are alike."""
+        """Which keys a query sees, [B, 1, shared * n, L], for heads that stand as ``shared`` queries."""
         if (shared, window) not in self.masks:
             seen = self.distance >= 0
             if window is not None:
                 seen &= self.distance < window
             self.masks[shared, window] = seen.repeat(1, shared, 1)[:, None]
         return self.masks[shared, window]
+
+    def head_rows(self, num_kv_heads: int) -> Tensor:
+        """[2 * B * kv heads * L]: for pages seen as rows of one head, where each head's keys lie, then its values."""
+        if num_kv_heads not in self.kv_rows:
+            heads = torch.arange(2 * num_kv_heads, device=self.kv_slots.device).view(2, 1, num_kv_heads, 1)
+            self.kv_rows[num_kv_heads] = (self.kv_slots[:, None] * 2 * num_kv_heads + heads).flatten()
+        return self.kv_rows[num_kv_heads]
 
 
 def plan_attention(batch: TokenBatch) -> list[AttentionGroup]:
@@ -70,7 +80,9 @@ def _group(batch: TokenBatch, spans: list[QuerySpan], count: int) -> AttentionGr
     # Padding points at the sequence's own first token: whatever lies in a page that somebody else wrote could be NaN,
     # and a weight of 0 would not stop that.
     kv_slots = torch.where(keys < starts[:, None] + count, kv_slots, kv_slots[:, :1])
-    return AttentionGroup((first_rows[:, None] + steps).flatten(), kv_slots.flatten(), distance)
+    rows = (first_rows[:, None] + steps).flatten()
+    is_whole = torch.equal(rows, torch.arange(len(batch.positions), device=device))
+    return AttentionGroup(None if is_whole else rows, kv_slots, distance)
 
 
 def attend(
@@ -87,19 +99,31 @@ def attend(
     num_kv_heads = pages.data.shape[2]
     shared = num_heads // num_kv_heads
     for group in groups:
-        sequences, count, _ = group.distance.shape
+        sequences, count, length = group.distance.shape
         # The heads that share keys stand as further queries beside each other: [sequences, kv heads, shared * n, dim].
-        queries = q.index_select(0, group.rows).view(sequences, count, num_kv_heads, shared, head_dim)
+        queries = q if group.rows is None else q.index_select(0, group.rows)
+        queries = queries.reshape(sequences, count, num_kv_heads, shared, head_dim)
         queries = queries.permute(0, 2, 3, 1, 4).reshape(sequences, num_kv_heads, shared * count, head_dim)
-        keys, values = _gather(pages, group.kv_slots, sequences, q.dtype)
+        keys, values = _gather(pages, group.head_rows(num_kv_heads), q.dtype).view(
+            2, sequences, num_kv_heads, length, head_dim
+        )
         mask = group.mask(shared, window)
         if soft_cap is None:
-            result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+            result = _attend(queries, keys, values, mask, scale)
         else:
             result = _soft_capped(queries, keys, values, mask, scale, soft_cap)
-        result = result.view(sequences, num_kv_heads, shared, count, head_dim)
-        flat = result.permute(0, 3, 1, 2, 4).reshape(sequences * count, num_heads * head_dim)
-        out.index_copy_(0, group.rows, flat)
+        result = result.reshape(sequences, num_kv_heads, shared, count, head_dim).permute(0, 3, 1, 2, 4)
+        if group.rows is None:
+            out.view(result.shape).copy_(result)
+        else:
+            out.index_copy_(0, group.rows, result.reshape(sequences * count, num_heads * head_dim))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    if q.shape[2] == 1:
+        # For a single query torch takes a way that was measured six times slower than for two.
+        return _attend(q.expand(-1, -1, 2, -1), k, v, mask, scale)[:, :, :1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 def _soft_capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, soft_cap: float) -> Tensor:
@@ -109,13 +133,10 @@ def _soft_capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, so
     return torch.matmul(torch.softmax(scores, dim=-1), v.float()).to(q.dtype)
 
 
-def _gather(pages: KvLayer[Tensor], kv_slots: Tensor, sequences: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys and values, each [sequences, kv heads, keys, dim] in ``dtype``."""
-    picked = _bytes(pages.data).index_select(0, kv_slots).view(pages.data.dtype).to(dtype)
-    if pages.scales is not None:
-        picked.mul_(pages.scales.index_select(0, kv_slots)[..., None])
-    keys, values = picked.view(sequences, -1, *pages.data.shape[1:]).permute(2, 0, 3, 1, 4)
-    return keys, values
+def _gather(pages: KvLayer[Tensor], rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """[rows, dim] in ``dtype``, of the pages seen as rows of one head."""
+    picked = _bytes(pages.data).view(-1, pages.data.shape[-1]).index_select(0, rows).view(pages.data.dtype).to(dtype)
+    return picked if pages.scales is None else picked.mul_(pages.scales.view(-1).index_select(0, rows)[:, None])
 
 
 def append(pages: KvLayer[Tensor], kv: Tensor, kv_slots: Tensor) -> None:
