@@ -52,7 +52,8 @@ def test_busy_host() -> None:
     assert [(row["host"], row["batch"]) for row in report["throughput"]] == [(host, 2) for host in hosts]
     assert {(row["host"], row["batch"]) for row in report["loop_delay_ms"]} == {(h, b) for h in hosts for b in (0, 2)}
     for row in report["throughput"]:
-        assert row["tokens_per_s"]["median"] > 0
+        # Beside a thread that never yields nothing need come out in so short a time, and that is a finding, not a fault.
+        assert row["tokens_per_s"]["median"] > 0 or row["host"] == "spinning"
         assert row["share_of_idle"].keys() == SPREAD
     for row in report["loop_delay_ms"]:
         for name in ("p50", "p99", "max", "p99_added"):

@@ -19,7 +19,7 @@ class PrefillInput(msgspec.Struct):
     sample: bool
 
 
-class DecodeInput(msgspec.Struct):
+class DecodeInput(msgspec.Struct, gc=False):
     """The token that this slot sampled last, to stand at ``position``. Its value may still be on the device."""
 
     slot: int
@@ -49,7 +49,7 @@ class SlotAssignment(msgspec.Struct):
     pages: list[int]
 
 
-class PageAppend(msgspec.Struct):
+class PageAppend(msgspec.Struct, gc=False):
     """From this step on ``page`` is number ``index`` in the slot's block table."""
 
     slot: int
@@ -65,13 +65,13 @@ class StepInput(msgspec.Struct):
     batch: UnifiedBatch
 
 
-class DecodeOutput(msgspec.Struct):
+class DecodeOutput(msgspec.Struct, gc=False):
     """The token sampled after a decode; None when the row's logits were not numbers."""
 
     token_id: TokenId | None
 
 
-class PrefillOutput(msgspec.Struct):
+class PrefillOutput(msgspec.Struct, gc=False):
     """The token sampled after a prefill chunk; None when the row's logits were not numbers, or for a chunk that was not
     to be sampled."""
 

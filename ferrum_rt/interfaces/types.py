@@ -147,7 +147,7 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, str] = {}
 
 
-class Usage(msgspec.Struct, frozen=True, kw_only=True):
+class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Token counts of one request. ``cached_tokens`` of the prompt came from the prefix cache."""
 
     prompt_tokens: int
@@ -163,7 +163,7 @@ class Logprob(msgspec.Struct, frozen=True, kw_only=True):
     logprob: float
 
 
-class StreamChunk(msgspec.Struct, frozen=True, kw_only=True):
+class StreamChunk(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What one step added to one output. The last chunk of an output has a ``finish_reason`` and ``usage``."""
 
     request_id: RequestId
