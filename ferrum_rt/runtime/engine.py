@@ -55,15 +55,14 @@ class EngineLoop:
     async def run(self) -> None:
         """Until cancelled."""
         in_flight: _Launched | None = None
-        with self._updates:
-            while True:
-                await self._emit(self._scheduler.expire(time.monotonic()))
-                launched = self._launch()
-                if in_flight is not None:
-                    await self._land(in_flight)
-                elif launched is None:
-                    await self._wait_for_work()
-                in_flight = launched
+        while True:
+            await self._emit(self._scheduler.expire(time.monotonic()))
+            launched = self._launch()
+            if in_flight is not None:
+                await self._land(in_flight)
+            elif launched is None:
+                await self._wait_for_work()
+            in_flight = launched
 
     def _launch(self) -> _Launched | None:
         began = time.perf_counter()

@@ -113,23 +113,26 @@ class Runtime:
             max_batched_tokens=config.batching.max_batched_tokens,
             on_start=self._started,
         )
-        try:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._tokenize, admitted, name="ferrum tokenizer")
-                tasks.start_soon(self._engine.run, name="ferrum engine")
-                tasks.start_soon(self._detokenize, updates, name="ferrum detokenizer")
-                task_status.started(tasks.cancel_scope)
-        except Exception as error:
-            self._break(error)
+        # Closed here and not by the tasks, which do not even begin if the engine is closed as soon as it is open.
+        with self._to_tokenizer, admitted, to_detokenizer, updates:
+            try:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(self._tokenize, admitted, name="ferrum tokenizer")
+                    tasks.start_soon(self._engine.run, name="ferrum engine")
+                    tasks.start_soon(self._detokenize, updates, name="ferrum detokenizer")
+                    task_status.started(tasks.cancel_scope)
+            except Exception as error:
+                self._break(error)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None:
-            await self.shutdown()
-        else:
+        try:
+            if kind is None:
+                await self.shutdown()
+        finally:  # whatever the host's block raised, or if the host is cancelled while the engine drains
             self._stop()
-        await self._exit_stack.__aexit__(None, None, None)
+            await self._exit_stack.__aexit__(None, None, None)
         if self._failure is None:
             self._cache.verify()
 
@@ -146,7 +149,6 @@ class Runtime:
         self._state = EngineState.STOPPED
         for generation in list(self._active.values()):
             self._fail(generation, Cancelled("the engine is shutting down"), "cancelled")
-        self._to_tokenizer.close()
         self._tasks_scope.cancel()
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -268,17 +270,16 @@ class Runtime:
         return generation
 
     async def _tokenize(self, admitted: MemoryObjectReceiveStream[Generation]) -> None:
-        with admitted:
-            async for first in admitted:
-                batch = [first]
-                while len(batch) < _TOKENIZE_AT_ONCE and admitted.statistics().current_buffer_used:
-                    batch.append(admitted.receive_nowait())
-                batch = [generation for generation in batch if not generation.is_finished]
-                results = await self._encode([generation.request for generation in batch])
-                for generation, result in zip(batch, results, strict=True):
-                    if not generation.is_finished:
-                        self._submit(generation, result)
-                self._engine.notify()
+        async for first in admitted:
+            batch = [first]
+            while len(batch) < _TOKENIZE_AT_ONCE and admitted.statistics().current_buffer_used:
+                batch.append(admitted.receive_nowait())
+            batch = [generation for generation in batch if not generation.is_finished]
+            results = await self._encode([generation.request for generation in batch])
+            for generation, result in zip(batch, results, strict=True):
+                if not generation.is_finished:
+                    self._submit(generation, result)
+            self._engine.notify()
 
     async def _encode(self, requests: list[InferenceRequest]) -> list[list[TokenId] | FerrumError]:
         """Token ids, or what is wrong, for each; off the event loop if there is any text among them."""
@@ -316,12 +317,11 @@ class Runtime:
             generation.started_at = time.monotonic()
 
     async def _detokenize(self, updates: MemoryObjectReceiveStream[list[SequenceUpdate]]) -> None:
-        with updates:
-            async for batch in updates:
-                for index, update in enumerate(batch, start=1):
-                    self._deliver(update)
-                    if index % _DETOKENIZE_AT_ONCE == 0:
-                        await anyio.lowlevel.checkpoint()
+        async for batch in updates:
+            for index, update in enumerate(batch, start=1):
+                self._deliver(update)
+                if index % _DETOKENIZE_AT_ONCE == 0:
+                    await anyio.lowlevel.checkpoint()
 
     def _deliver(self, update: SequenceUpdate) -> None:
         generation = self._active.get(update.request_id)

@@ -1,5 +1,6 @@
 """The runtime's promises to its callers, over the fake executor."""
 
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -444,6 +445,60 @@ async def test_a_cancelled_host_closes_the_engine() -> None:
     assert scope.cancelled_caught
     assert set(threading.enumerate()) == threads
     assert engine.metrics().scheduler.pages.active == 0
+
+
+async def test_a_host_cancelled_while_the_engine_drains() -> None:
+    """Cancelling the host in the middle of closing still closes everything, at once."""
+    threads = set(threading.enumerate())
+    with anyio.CancelScope() as scope:
+        async with (
+            fake_engine({"scheduler": {"drain_s": 60.0}}, step_s=0.001) as (engine, _),
+            anyio.create_task_group() as tasks,
+        ):
+            tasks.start_soon(lambda: engine.infer("x", max_tokens=1000))
+            await until(lambda: engine.metrics().scheduler.running == 1)
+            tasks.start_soon(engine.shutdown)
+            await until(lambda: engine._state is EngineState.DRAINING)
+            scope.cancel()
+    assert scope.cancelled_caught
+    assert set(threading.enumerate()) == threads
+    assert engine.metrics().scheduler.pages.active == 0
+
+
+async def test_an_engine_abandoned_by_its_last_line_is_drained_until_the_host_is_cancelled() -> None:
+    """Leaving the block waits for a request of another task; cancelling that wait leaves no thread and no page."""
+    threads = set(threading.enumerate())
+    engines: list[Runtime] = []
+
+    async def host() -> None:
+        async with fake_engine({"scheduler": {"drain_s": 60.0}}, step_s=0.001) as (engine, _):
+            engines.append(engine)
+            await until(lambda: engine.metrics().scheduler.running == 1)
+
+    async def other() -> None:
+        await until(lambda: bool(engines))
+        with pytest.raises(Cancelled):
+            await engines[0].infer("x", max_tokens=1000)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(other)
+        with anyio.CancelScope() as scope:
+            async with anyio.create_task_group() as watched:
+                watched.start_soon(host)
+                await until(lambda: bool(engines) and engines[0]._state is EngineState.DRAINING)
+                scope.cancel()
+    assert set(threading.enumerate()) == threads
+    assert engines[0].metrics().scheduler.pages.active == 0
+
+
+async def test_an_engine_closed_as_soon_as_it_is_open() -> None:
+    """A host that fails in its first line leaves no thread, and no channel open."""
+    threads = set(threading.enumerate())
+    with pytest.raises(ZeroDivisionError):
+        async with fake_engine():
+            raise ZeroDivisionError
+    gc.collect()  # an open channel would warn here, and warnings are errors
+    assert set(threading.enumerate()) == threads
 
 
 async def test_a_model_that_cannot_be_loaded_leaves_nothing() -> None:
