@@ -233,14 +233,9 @@ class Runtime:
     async def health_check(self) -> HealthStatus:
         """Whether each component can do its work."""
         components = {
-            "engine": ComponentHealth(
-                healthy=self._state is EngineState.READY, detail=str(self._failure or f"state is {self._state.value}")
-            ),
-            "executor": _thread_health(self._executor_thread),
-            "tokenizer": _thread_health(self._tokenizer_thread),
-        }
-        components = {
-            name: ComponentHealth(healthy=True) if health.healthy else health for name, health in components.items()
+            "engine": _health(self._state is EngineState.READY, str(self._failure or f"state is {self._state.value}")),
+            "executor": _health(self._executor_thread.is_alive, "its thread has stopped"),
+            "tokenizer": _health(self._tokenizer_thread.is_alive, "its thread has stopped"),
         }
         healthy = all(health.healthy for health in components.values())
         return HealthStatus(healthy=healthy, status=ComponentStatus(components=components))
@@ -400,5 +395,5 @@ def _first(error: Exception) -> Exception:
     return error
 
 
-def _thread_health(thread: Worker) -> ComponentHealth:
-    return ComponentHealth(healthy=thread.is_alive, detail="its thread has stopped")
+def _health(healthy: bool, fault: str) -> ComponentHealth:
+    return ComponentHealth(healthy=healthy, detail="" if healthy else fault)

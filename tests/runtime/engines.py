@@ -1,13 +1,16 @@
-"""Opening runtimes for tests: with the fake executor, and with every step checked."""
+"""Runtimes over the fake executor, what they answer, and waiting for what they do."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
+
+import anyio
+import anyio.lowlevel
 
 from ferrum_rt.interfaces.config import EngineConfig, build_config
 from ferrum_rt.runtime.loader import LoadedModel
 from ferrum_rt.runtime.runtime import Runtime
-from tests.fakes.executor import FakeExecutor, fake_model
+from tests.fakes.executor import FakeExecutor, expected_tokens, fake_model
 
 
 @asynccontextmanager
@@ -21,3 +24,14 @@ async def fake_engine(config: dict[str, Any] | None = None, **fake: Any) -> Asyn
 
     async with Runtime(engine_config, load) as engine:
         yield engine, executor
+
+
+def text_after(prompt: str, count: int) -> str:
+    return bytes(expected_tokens(prompt.encode(), count)).decode()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the other tasks run until ``condition`` holds."""
+    with anyio.fail_after(10):
+        while not condition():
+            await anyio.lowlevel.checkpoint()

@@ -15,6 +15,7 @@ import torch
 
 from ferrum_rt import FinishReason, InferenceResponse, RequestId
 from ferrum_rt.interfaces.model_executor import StepOutput
+from ferrum_rt.interfaces.requests import RequestFields
 from ferrum_rt.interfaces.scheduler import BatchPlan, SequenceUpdate
 from ferrum_rt.runtime.runtime import Runtime, open_runtime
 
@@ -78,13 +79,16 @@ async def test_64_streams_of_which_a_third_is_cancelled(monkeypatch: pytest.Monk
 @pytest.mark.slow
 async def test_a_seed_fixes_the_output_whatever_else_runs() -> None:
     """At temperature 1 in float32 a seeded request gets the same tokens alone and among seven others."""
-    fields = {"temperature": 1.0, "max_tokens": 30, "ignore_eos": True}
+
+    def fields(seed: int) -> RequestFields:
+        return {"seed": seed, "temperature": 1.0, "max_tokens": 30, "ignore_eos": True}
+
     async with open_runtime(dtype="float32") as engine:
-        alone = await engine.infer("def ", seed=7, **fields)  # type: ignore[arg-type]
+        alone = await engine.infer("def ", **fields(7))
         results: dict[int, InferenceResponse] = {}
 
         async def run(seed: int) -> None:
-            results[seed] = await engine.infer("def ", seed=seed, **fields)  # type: ignore[arg-type]
+            results[seed] = await engine.infer("def ", **fields(seed))
 
         async with anyio.create_task_group() as tasks:
             for seed in range(8):
