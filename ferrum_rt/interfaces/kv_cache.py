@@ -18,13 +18,14 @@ class AllocationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Pages wanted for a sequence that starts (or starts again).
 
     ``token_ids`` are all its known tokens, ``num_tokens`` how many need room now. Prefixes are shared only between
-    requests with the same ``salt``.
+    requests with the same ``salt``; without ``reuse_prefix`` everything is to be computed again.
     """
 
     request_id: RequestId
     token_ids: Sequence[TokenId]
     num_tokens: int
     salt: bytes = b""
+    reuse_prefix: bool = True
 
 
 class KvCacheHandle(msgspec.Struct, eq=False, kw_only=True):
@@ -35,6 +36,14 @@ class KvCacheHandle(msgspec.Struct, eq=False, kw_only=True):
     num_cached_tokens: int = 0
     num_published: int = 0
     digest: bytes = b""
+
+
+class KvCacheFork(msgspec.Struct, frozen=True):
+    """A second claim on the pages of a sequence's start. ``copy`` is the (source, target) pages of a last one that is not
+    full and so cannot be shared: the target must be given the source's content before it is read."""
+
+    handle: KvCacheHandle
+    copy: tuple[int, int] | None
 
 
 class CacheHandleStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +61,7 @@ class KvCacheManager(Protocol):
     block_size: int
 
     def allocate(self, request: AllocationRequest) -> KvCacheHandle | None: ...
+    def fork(self, handle: KvCacheHandle, num_tokens: int) -> KvCacheFork | None: ...
     def extend(self, handle: KvCacheHandle, num_tokens: int) -> bool: ...
     def publish(self, handle: KvCacheHandle, token_ids: Sequence[TokenId], num_computed: int) -> None: ...
     def deallocate(self, handle: KvCacheHandle) -> None: ...

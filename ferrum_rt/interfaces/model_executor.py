@@ -5,18 +5,21 @@ from typing import Protocol
 
 import msgspec
 
-from ferrum_rt.interfaces.sampler import SamplingConfig
+from ferrum_rt.interfaces.sampler import SampledToken, SamplingConfig, SequenceHistory, TokenScores
 from ferrum_rt.interfaces.types import MemoryUsage, ModelInfo, RequestId, TokenId
 
 
 class PrefillInput(msgspec.Struct):
     """Known tokens of one sequence, to stand at positions ``start``, ``start + 1``, …; the last of them is sampled from
-    if ``sample`` is set (a chunk in the middle of a prompt is not)."""
+    if ``sample`` is set (a chunk in the middle of a prompt is not). With ``num_scores`` the tokens after the chunk's
+    first are scored, and beside each the ``num_scores`` likeliest; so is ``token_after``, the prompt's next, if it has one."""
 
     slot: int
     token_ids: list[TokenId]
     start: int
     sample: bool
+    num_scores: int | None = None
+    token_after: TokenId | None = None
 
 
 class DecodeInput(msgspec.Struct, gc=False):
@@ -47,6 +50,7 @@ class SlotAssignment(msgspec.Struct):
     request_id: RequestId
     sampling: SamplingConfig
     pages: list[int]
+    history: SequenceHistory = SequenceHistory()
 
 
 class PageAppend(msgspec.Struct, gc=False):
@@ -57,25 +61,34 @@ class PageAppend(msgspec.Struct, gc=False):
     page: int
 
 
+class PageCopy(msgspec.Struct, gc=False):
+    """Before this step's batch, ``target`` is to hold what ``source`` holds."""
+
+    source: int
+    target: int
+
+
 class StepInput(msgspec.Struct):
-    """One step: first what changed in the slots, then the batch to run."""
+    """One step: first what changed in the slots and the pages, then the batch to run."""
 
     assigned: list[SlotAssignment]
     appended: list[PageAppend]
+    copied: list[PageCopy]
     batch: UnifiedBatch
 
 
 class DecodeOutput(msgspec.Struct, gc=False):
-    """The token sampled after a decode; None when the row's logits were not numbers."""
+    """The token sampled after a decode."""
 
-    token_id: TokenId | None
+    sampled: SampledToken
 
 
 class PrefillOutput(msgspec.Struct, gc=False):
-    """The token sampled after a prefill chunk; None when the row's logits were not numbers, or for a chunk that was not
-    to be sampled."""
+    """The token sampled after a prefill chunk, None for a chunk that was not to be sampled; and the scores that
+    were asked for."""
 
-    token_id: TokenId | None
+    sampled: SampledToken | None
+    scores: list[TokenScores] = []
 
 
 class StepOutput(msgspec.Struct):
@@ -99,3 +112,7 @@ class ModelExecutor(Protocol):
         ...
 
     def memory_usage(self) -> MemoryUsage: ...
+
+    def close(self) -> None:
+        """Give back threads and memory; called once, after the last step."""
+        ...

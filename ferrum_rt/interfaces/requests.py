@@ -21,6 +21,8 @@ from ferrum_rt.interfaces.types import (
     ResponseFormat,
     SamplingParams,
     SessionId,
+    Tool,
+    ToolChoice,
 )
 
 
@@ -35,6 +37,10 @@ class RequestFields(TypedDict, total=False):
     session_id: SessionId | None
     deadline_s: float | None
     metadata: dict[str, str]
+    tools: list[Tool]
+    tool_choice: ToolChoice
+    parse_special_tokens: bool
+    logits_processors: list[Any]
     max_tokens: int | None
     min_tokens: int
     temperature: float | None

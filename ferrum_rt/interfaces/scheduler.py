@@ -6,12 +6,13 @@ import msgspec
 
 from ferrum_rt.interfaces.errors import FerrumError
 from ferrum_rt.interfaces.model_executor import StepInput, StepOutput
-from ferrum_rt.interfaces.sampler import SamplingConfig
+from ferrum_rt.interfaces.sampler import SamplingConfig, TokenScores
 from ferrum_rt.interfaces.types import BatchId, FinishReason, Priority, RequestId, SchedulerStats, TokenId
 
 
 class SequenceRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A tokenized request, ready to be scheduled. ``deadline`` is on the clock that BatchHint's ``now`` is read from."""
+    """A tokenized request, ready to be scheduled: ``num_samples`` sequences that share their prompt. ``deadline`` is on the
+    clock that BatchHint's ``now`` is read from. ``prompt_logprobs`` asks for the scores of the prompt's tokens."""
 
     request_id: RequestId
     token_ids: list[TokenId]
@@ -22,6 +23,8 @@ class SequenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     priority: Priority = Priority.NORMAL
     deadline: float | None = None
     salt: bytes = b""
+    num_samples: int = 1
+    prompt_logprobs: int | None = None
 
 
 class BatchHint(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,10 +42,14 @@ class BatchPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SequenceUpdate(msgspec.Struct, kw_only=True):
-    """What became of one request: new tokens, and on its last update a reason or an error."""
+    """What became of sample ``index`` of a request: new tokens (with their ``scores`` if those were asked for), scores of
+    the prompt's next tokens, and on its last update a reason. An ``error`` ends the request with all its samples."""
 
     request_id: RequestId
     token_ids: list[TokenId]
+    index: int = 0
+    scores: list[TokenScores] = []
+    prompt_scores: list[TokenScores] = []
     finish_reason: FinishReason | None = None
     error: FerrumError | None = None
     num_cached_tokens: int = 0
@@ -58,12 +65,12 @@ class Scheduler(Protocol):
         """Queue a request. Raises RequestValidationError for one that could never fit, with the numbers."""
         ...
 
-    def cancel(self, request_id: RequestId) -> bool:
-        """Drop a request and free its pages at once; False if it is not here (any more)."""
+    def cancel(self, request_id: RequestId, index: int | None = None) -> bool:
+        """Drop a request, or one of its samples, and free the pages at once; False if it is not here (any more)."""
         ...
 
     def park(self, request_id: RequestId) -> None:
-        """Leave a sequence out of the coming steps; its pages stay unless others need them."""
+        """Leave a request out of the coming steps; its pages stay unless others need them."""
         ...
 
     def unpark(self, request_id: RequestId) -> None: ...

@@ -2,7 +2,7 @@
 
 import enum
 from collections.abc import Sequence
-from typing import Any, NewType
+from typing import Any, Literal, NewType
 
 import msgspec
 
@@ -73,11 +73,72 @@ class ModelType(enum.StrEnum):
     QWEN3_MOE = "qwen3_moe"
 
 
+class FunctionCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A function to call; ``arguments`` is a JSON object, as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A call that the model asks for. The message with its result refers to it by ``id``."""
+
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """What a chunk adds to the output's call number ``index``: its ``id`` and ``name`` come once, at its start, and the
+    text of its arguments in pieces."""
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+
+class ToolFunction(msgspec.Struct, frozen=True, kw_only=True):
+    """A function that the model may call; ``parameters`` is the JSON schema of its arguments."""
+
+    name: str
+    description: str = ""
+    parameters: dict[str, Any] = {}
+
+
+class Tool(msgspec.Struct, frozen=True, kw_only=True):
+    """Something the model may use; the shape is OpenAI's."""
+
+    function: ToolFunction
+    type: Literal["function"] = "function"
+
+
+class FunctionName(msgspec.Struct, frozen=True, kw_only=True):
+    """Names one of a request's functions."""
+
+    name: str
+
+
+class NamedTool(msgspec.Struct, frozen=True, kw_only=True):
+    """A ``tool_choice`` that leaves no choice."""
+
+    function: FunctionName
+    type: Literal["function"] = "function"
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+"""Whether the model may call tools, must call at least one, or must call that one."""
+
+
 class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """One turn of a conversation; the model's chat template turns a list of them into a prompt."""
+    """One turn of a conversation; the model's chat template turns a list of them into a prompt. An assistant's turn may have
+    ``tool_calls``; a turn with role ``tool`` holds the result of the call ``tool_call_id``."""
 
     role: str
-    content: str
+    content: str = ""
+    name: str | None = None
+    tool_calls: list[ToolCall] = []
+    tool_call_id: str | None = None
 
 
 Prompt = str | Sequence[int | ChatMessage]
@@ -92,10 +153,11 @@ class Mirostat(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True):
-    """Shape the output must have. ``definition`` is the schema, the regular expression or the grammar."""
+    """Shape the output must have. ``definition`` is the JSON schema (a dict, or its text), the regular expression, or the
+    grammar in the Lark syntax that llguidance takes; ``text`` and ``json_object`` have none."""
 
-    type: str = "text"
-    definition: str | None = None
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"] = "text"
+    definition: str | dict[str, Any] | None = None
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,7 +195,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One generation to do. ``deadline_s`` counts seconds from submission; ``client_id`` is who pays for it.
 
-    An ``id`` that is left empty is chosen by the engine.
+    An ``id`` that is left empty is chosen by the engine. ``tools`` are for chat messages alone. Special tokens that are
+    written out in a text prompt are text like any other, unless ``parse_special_tokens`` is set; those in the content of
+    chat messages always are. ``logits_processors`` (LogitsProcessor) work in-process only.
     """
 
     prompt: Prompt
@@ -145,6 +209,10 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     session_id: SessionId | None = None
     deadline_s: float | None = None
     metadata: dict[str, str] = {}
+    tools: list[Tool] = []
+    tool_choice: ToolChoice = "auto"
+    parse_special_tokens: bool = False
+    logits_processors: list[Any] = []
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -155,24 +223,41 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     cached_tokens: int = 0
 
 
-class Logprob(msgspec.Struct, frozen=True, kw_only=True):
-    """A candidate token and the natural logarithm of its probability."""
+class Logprob(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A token and the natural logarithm of the model's probability for it, before any SamplingParams. ``token`` is its
+    text, with U+FFFD for bytes that are no whole character."""
 
     token_id: TokenId
     token: str
     logprob: float
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One token of a text, which begins ``offset`` bytes (UTF-8) into that text, and beside it the likeliest tokens, best
+    first. The first token of a prompt has no ``logprob``: nothing comes before it."""
+
+    token_id: TokenId
+    token: str
+    logprob: float | None
+    offset: int
+    top: list[Logprob]
+
+
 class StreamChunk(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """What one step added to one output. The last chunk of an output has a ``finish_reason`` and ``usage``."""
+    """What one step added to the output number ``index``. The last chunk of an output has a ``finish_reason`` and ``usage``,
+    and says the ``seed``. ``prompt_logprobs`` come once, with the first chunk. With ``tools`` the text of a call is not in
+    ``text`` but in ``tool_calls``."""
 
     request_id: RequestId
     index: int = 0
     text: str = ""
     token_ids: list[TokenId] = []
-    logprobs: list[list[Logprob]] | None = None
+    logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    tool_calls: list[ToolCallDelta] = []
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    seed: int | None = None
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True):
@@ -182,7 +267,8 @@ class Output(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     token_ids: list[TokenId]
     finish_reason: FinishReason
-    logprobs: list[list[Logprob]] | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    tool_calls: list[ToolCall] = []
 
 
 class RequestMetrics(msgspec.Struct, frozen=True, kw_only=True):
@@ -194,16 +280,20 @@ class RequestMetrics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class InferenceResponse(msgspec.Struct, frozen=True, kw_only=True):
-    """A finished generation. ``outputs`` holds all of them when ``n`` is more than 1; the other fields are the first's."""
+    """A finished generation. ``outputs`` holds all ``n``; the fields beside it are the first's, but for ``usage``, which
+    counts the tokens of all. The ``seed`` gives the same outputs again."""
 
     request_id: RequestId
     text: str
     token_ids: list[TokenId]
     finish_reason: FinishReason
     usage: Usage
-    logprobs: list[list[Logprob]] | None = None
+    logprobs: list[TokenLogprobs] | None = None
     outputs: list[Output] = []
     metrics: RequestMetrics | None = None
+    tool_calls: list[ToolCall] = []
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    seed: int | None = None
 
 
 class SpecialTokens(msgspec.Struct, frozen=True, kw_only=True):
