@@ -29,18 +29,18 @@ class AllocationRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KvCacheHandle(msgspec.Struct, eq=False, kw_only=True):
-    """A live sequence's claim on pages. The first ``num_cached_tokens`` were computed by somebody else before."""
+    """A live sequence's claim on pages. The first ``num_cached_tokens`` were computed by somebody else before. ``digests``
+    are those of its start and of each page after it that is published."""
 
     request_id: RequestId
     table: BlockTable
-    num_cached_tokens: int = 0
-    num_published: int = 0
-    digest: bytes = b""
+    num_cached_tokens: int
+    digests: list[bytes]
 
 
 class KvCacheFork(msgspec.Struct, frozen=True):
-    """A second claim on the pages of a sequence's start. ``copy`` is the (source, target) pages of a last one that is not
-    full and so cannot be shared: the target must be given the source's content before it is read."""
+    """A further claim on the pages of a sequence's start. Its last page, if it is not full, cannot be shared: then ``copy``
+    is that page and the fork's own, which must be given the same content before it is read."""
 
     handle: KvCacheHandle
     copy: tuple[int, int] | None
@@ -56,12 +56,12 @@ class CacheHandleStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KvCacheManager(Protocol):
-    """Owns every page. Synchronous; ``None`` from ``allocate`` and False from ``extend`` mean too few pages are free."""
+    """Owns every page. Synchronous; ``None`` and False mean that too few pages are free."""
 
     block_size: int
 
     def allocate(self, request: AllocationRequest) -> KvCacheHandle | None: ...
-    def fork(self, handle: KvCacheHandle, num_tokens: int) -> KvCacheFork | None: ...
+    def fork(self, handle: KvCacheHandle, num_tokens: int, room: int) -> KvCacheFork | None: ...
     def extend(self, handle: KvCacheHandle, num_tokens: int) -> bool: ...
     def publish(self, handle: KvCacheHandle, token_ids: Sequence[TokenId], num_computed: int) -> None: ...
     def deallocate(self, handle: KvCacheHandle) -> None: ...

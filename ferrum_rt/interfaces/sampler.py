@@ -36,6 +36,29 @@ class SamplingConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     sample_index: int = 0
 
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def uses_history(self) -> bool:
+        """Whether the sampler looks at the tokens so far."""
+        return self.has_penalties or bool(self.bad_words) or self.grammar is not None or bool(self.processors)
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether anything happens to the logits before a token is drawn."""
+        return (
+            self.uses_history or bool(self.logit_bias) or self.allowed_token_ids is not None or self.min_tokens > 0
+        )
+
+    @property
+    def truncates(self) -> bool:
+        """Whether only a part of the vocabulary is drawn from."""
+        return (
+            self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.typical_p < 1 or self.mirostat is not None
+        )
+
 
 class SequenceHistory(msgspec.Struct, frozen=True, kw_only=True):
     """What the sampler must know of a sequence that gets a slot: its tokens so far (none, if its configuration looks at
@@ -93,5 +116,13 @@ class Sampler(Protocol[T_contra]):
         ...
 
     def sample(self, logits: T_contra, context: SamplingContext) -> Sequence[SampledToken]:
-        """A token per row of ``logits`` [rows, vocabulary], which may be changed."""
+        """A token per row of ``logits`` [rows, vocabulary]."""
+        ...
+
+    def score(self, logits: T_contra, token_ids: Sequence[TokenId], num_top: int) -> Sequence[TokenScores]:
+        """For each row the log-probability of its token, and the ``num_top`` likeliest; at most as many rows as slots."""
+        ...
+
+    def close(self) -> None:
+        """Give back threads."""
         ...

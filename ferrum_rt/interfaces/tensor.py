@@ -82,6 +82,10 @@ class TensorOps(TensorFactory[T], Protocol[T]):
         """Write kv [N, 2, kv heads, dim] to rows ``kv_slots`` [N] of the layer's pages."""
         ...
 
+    def copy_kv(self, layer: KvLayer[T], sources: T, targets: T) -> None:
+        """Rows ``targets`` [M] of the layer's pages become what rows ``sources`` [M] are."""
+        ...
+
     def attention(
         self, out: T, q: T, layer: KvLayer[T], plan: Any, *, scale: float, window: int | None, soft_cap: float | None
     ) -> None:

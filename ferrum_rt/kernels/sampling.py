@@ -46,7 +46,8 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     rows, vocab_size = logits.shape
     whole = vocab_size - vocab_size % _BLOCK
     if whole == 0:
-        return tuple(logits.max(dim=-1))
+        values, ids = logits.max(dim=-1)
+        return values, ids
     maxima = logits[:, :whole].unflatten(1, (-1, _BLOCK)).amax(dim=-1)
     if whole < vocab_size:
         maxima = torch.cat([maxima, logits[:, whole:].amax(dim=-1, keepdim=True)], dim=1)
@@ -73,13 +74,15 @@ def top_candidates(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _best_blocks(maxima: Tensor, count: int) -> Tensor:
     """Blocks [R, count] in ascending order. Sorting stably prefers the lowest among equals, which topk does not promise."""
-    return torch.sort(maxima, dim=-1, descending=True, stable=True).indices[:, :count].sort(dim=-1).values
+    order: Tensor = torch.sort(maxima, dim=-1, descending=True, stable=True).indices
+    chosen: Tensor = order[:, :count].sort(dim=-1).values
+    return chosen
 
 
 def _take_blocks(x: Tensor, chosen: Tensor, size: int) -> Tensor:
     rows, count = chosen.shape
     if x.stride(0) == 0:  # the same for every row
-        return x[0].view(-1, size)[chosen].view(rows, -1)
+        return x[0].view(-1, size).index_select(0, chosen.view(-1)).view(rows, count * size)
     num_blocks = x.shape[1] // size
     flat = chosen + torch.arange(rows, device=x.device)[:, None] * num_blocks
     return x.reshape(-1, size).index_select(0, flat.view(-1)).view(rows, count * size)

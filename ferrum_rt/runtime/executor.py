@@ -3,8 +3,15 @@
 import torch
 from torch import Tensor
 
-from ferrum_rt.interfaces.model_executor import DecodeOutput, PrefillOutput, StepInput, StepOutput, UnifiedBatch
-from ferrum_rt.interfaces.sampler import Sampler, SamplingContext
+from ferrum_rt.interfaces.model_executor import (
+    DecodeOutput,
+    PrefillInput,
+    PrefillOutput,
+    StepInput,
+    StepOutput,
+    UnifiedBatch,
+)
+from ferrum_rt.interfaces.sampler import Sampler, SamplingContext, TokenScores
 from ferrum_rt.interfaces.types import MemoryUsage, ModelInfo
 from ferrum_rt.kernels.batch import KvPages, QuerySpan, TokenBatch
 from ferrum_rt.runtime.models.decoder import Decoder
@@ -36,28 +43,58 @@ class DecoderExecutor:
     @torch.inference_mode()
     def execute(self, step: StepInput) -> StepOutput:
         """Run one step to its end."""
-        for assigned in step.assigned:
-            pages = torch.tensor(assigned.pages)
-            self._block_tables[assigned.slot, : len(pages)] = pages
-            self._sampler.assign(assigned.slot, assigned.sampling)
-        if step.appended:
-            at = [item.slot for item in step.appended], [item.index for item in step.appended]
-            self._block_tables[at] = torch.tensor([item.page for item in step.appended])
+        self._take_over(step)
+        batch, context = self._batch(step.batch)
+        self._sampler.prepare(context)
+        hidden = self._decoder.forward(batch, self._cache)
+        spans = batch.spans[len(step.batch.decodes) :]
+        scores = [self._score(hidden, item, span) for item, span in zip(step.batch.prefills, spans, strict=True)]
+        tokens = self._sampler.sample(self._decoder.logits(hidden, batch.logit_rows), context)
 
-        batch, sampled = self._batch(step.batch)
-        logits = self._decoder.forward(batch, self._cache)
-        tokens = self._sampler.sample(logits, sampled)
-
-        self._last_tokens[list(sampled.slots)] = torch.tensor([token or 0 for token in tokens], dtype=torch.int64)
+        self._last_tokens[list(context.slots)] = torch.tensor([item.token_id or 0 for item in tokens], dtype=torch.int64)
         following = iter(tokens)
         return StepOutput(
             [DecodeOutput(next(following)) for _ in step.batch.decodes],
-            [PrefillOutput(next(following) if item.sample else None) for item in step.batch.prefills],
+            [
+                PrefillOutput(next(following) if item.sample else None, scored)
+                for item, scored in zip(step.batch.prefills, scores, strict=True)
+            ],
         )
+
+    def close(self) -> None:
+        self._sampler.close()
 
     def memory_usage(self) -> MemoryUsage:
         tensors = (tensor for pages in self._cache for tensor in (pages.data, pages.scales) if tensor is not None)
         return MemoryUsage(weights=self._decoder.weights.num_bytes, kv_cache=sum(tensor.nbytes for tensor in tensors))
+
+    def _take_over(self, step: StepInput) -> None:
+        """What changed in the slots and the pages since the last step."""
+        for assigned in step.assigned:
+            pages = torch.tensor(assigned.pages)
+            self._block_tables[assigned.slot, : len(pages)] = pages
+            self._sampler.assign(assigned.slot, assigned.sampling, assigned.history)
+        if step.appended:
+            at = [item.slot for item in step.appended], [item.index for item in step.appended]
+            self._block_tables[at] = torch.tensor([item.page for item in step.appended])
+        if step.copied:
+            within = torch.arange(self._block_size)
+            sources = torch.tensor([[item.source] for item in step.copied]) * self._block_size + within
+            targets = torch.tensor([[item.target] for item in step.copied]) * self._block_size + within
+            for layer in self._cache:
+                self._decoder.ops.copy_kv(layer, sources.view(-1), targets.view(-1))
+
+    def _score(self, hidden: Tensor, item: PrefillInput, span: QuerySpan) -> list[TokenScores]:
+        """Scores of the tokens that follow those of the chunk, as far as they are known."""
+        if item.num_scores is None:
+            return []
+        targets = item.token_ids[1:] if item.token_after is None else [*item.token_ids[1:], item.token_after]
+        scores: list[TokenScores] = []
+        for start in range(0, len(targets), self.num_slots):
+            part = targets[start : start + self.num_slots]
+            rows = torch.arange(span.row + start, span.row + start + len(part))
+            scores.extend(self._sampler.score(self._decoder.logits(hidden, rows), part, item.num_scores))
+        return scores
 
     def _batch(self, items: UnifiedBatch) -> tuple[TokenBatch, SamplingContext]:
         """Rows in the order of the batch: a row per decode, then each prefill's rows."""

@@ -1,13 +1,14 @@
-"""One request inside the runtime: its stream, its text so far, and its one end."""
+"""One request inside the runtime: its stream, its outputs so far, and its one end."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import anyio
+import msgspec
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from ferrum_rt.interfaces.errors import FerrumError
+from ferrum_rt.interfaces.sampler import TokenScores
 from ferrum_rt.interfaces.scheduler import SequenceUpdate
 from ferrum_rt.interfaces.tokenizer import Tokenizer
 from ferrum_rt.interfaces.types import (
@@ -18,11 +19,13 @@ from ferrum_rt.interfaces.types import (
     RequestMetrics,
     StreamChunk,
     TokenId,
-    Usage,
+    TokenLogprobs,
 )
-from ferrum_rt.runtime.detokenizer import StopStrings
+from ferrum_rt.runtime.output_text import OutputText, TokenOffsets
+from ferrum_rt.interfaces.responses import assemble
+from ferrum_rt.runtime.tool_calls import ToolCallParser, ToolFormat
 
-# Chunks that can still come after a sequence was parked: of the steps in flight, committed and on their way.
+# Chunks of each output that can still come after a request was parked: of the steps in flight, committed and on their way.
 _SLACK = 8
 
 
@@ -30,19 +33,22 @@ class Generation:
     """Lives from admission to its terminal event. ``on_room`` is called when a reader that was slow has caught up."""
 
     def __init__(self, request: InferenceRequest, capacity: int, now: float, on_room: Callable[[RequestId], None]) -> None:
+        num_outputs = request.sampling_params.n
         self.request = request
         self.submitted_at = now
         self.started_at: float | None = None
         self.first_token_at: float | None = None
         self.finished_at: float | None = None
         self.is_parked = False
-        self._capacity = capacity
+        self._capacity = capacity * num_outputs
         self._on_room = on_room
-        self._usage = Usage(prompt_tokens=0, completion_tokens=0)
-        self._stop = StopStrings(request.sampling_params.stop, include=request.sampling_params.include_stop)
+        self._outputs: list[OutputText] = []
+        self._prompt: list[TokenId] = []
+        self._prompt_scores: list[TokenScores] = []
+        self._tokenizer: Tokenizer | None = None
         self._send: MemoryObjectSendStream[StreamChunk | FerrumError]
         self._receive: MemoryObjectReceiveStream[StreamChunk | FerrumError]
-        self._send, self._receive = anyio.create_memory_object_stream(capacity + _SLACK)
+        self._send, self._receive = anyio.create_memory_object_stream((capacity + _SLACK) * num_outputs)
 
     @property
     def is_finished(self) -> bool:
@@ -53,45 +59,34 @@ class Generation:
         """The reader has as many chunks waiting as it may have."""
         return self._send.statistics().current_buffer_used >= self._capacity
 
-    def tokenized(self, prompt: list[TokenId], tokenizer: Tokenizer | None) -> None:
-        """The prompt's tokens are known; text can be made from here on."""
-        self._usage = Usage(prompt_tokens=len(prompt), completion_tokens=0)
-        skip = self.request.sampling_params.skip_special_tokens
-        self._decoder = tokenizer.incremental(prompt, skip_special_tokens=skip) if tokenizer else None
+    @property
+    def has_ended(self) -> bool:
+        """Every output has its last chunk."""
+        return all(output.is_finished for output in self._outputs)
+
+    def tokenized(self, prompt: list[TokenId], tokenizer: Tokenizer | None, tools: ToolFormat | None) -> None:
+        """The prompt's tokens are known; text can be made from here on. ``tools`` is how the model writes
+        calls."""
+        self._prompt, self._tokenizer = prompt, tokenizer
+        has_calls = bool(self.request.tools) and self.request.tool_choice != "none"
+        self._outputs = [
+            OutputText(self.request, index, prompt, tokenizer, ToolCallParser(tools) if tools and has_calls else None)
+            for index in range(self.request.sampling_params.n)
+        ]
 
     def advance(self, update: SequenceUpdate, now: float) -> FinishReason | None:
-        """Send on what a step brought; returns a reason if that ends the request."""
-        if self.first_token_at is None and update.token_ids:
+        """Send on what a step brought; returns a reason if that ends its output."""
+        self._prompt_scores += update.prompt_scores
+        output = self._outputs[update.index]
+        if output.is_finished or not (update.token_ids or update.finish_reason):
+            return None
+        chunk = output.advance(update)
+        if self.first_token_at is None:
             self.first_token_at = now
-        reason = update.finish_reason
-        text = ""
-        for token_id in update.token_ids:
-            # The token that ends a text is not part of it, unless asked for.
-            is_end = reason in (FinishReason.EOS, FinishReason.STOP)
-            if self._decoder is None or (is_end and not self.request.sampling_params.include_stop):
-                continue
-            piece, stopped = self._stop.push(self._decoder.push(token_id))
-            text += piece
-            if stopped:
-                reason = FinishReason.STOP
-                break
-        if reason is not None:
-            text += self._stop.flush()
-        self._usage = Usage(
-            prompt_tokens=self._usage.prompt_tokens,
-            completion_tokens=self._usage.completion_tokens + len(update.token_ids),
-            cached_tokens=update.num_cached_tokens,
-        )
-        self._send.send_nowait(
-            StreamChunk(
-                request_id=self.request.id,
-                text=text,
-                token_ids=update.token_ids,
-                finish_reason=reason,
-                usage=self._usage if reason else None,
-            )
-        )
-        return reason
+            if self.request.sampling_params.prompt_logprobs is not None:
+                chunk = msgspec.structs.replace(chunk, prompt_logprobs=self._describe_prompt())
+        self._send.send_nowait(chunk)
+        return chunk.finish_reason
 
     def fail(self, error: FerrumError) -> None:
         """The reader gets ``error`` after the chunks that are on their way."""
@@ -124,21 +119,20 @@ class Generation:
 
     async def collect(self) -> InferenceResponse:
         """Read to the end."""
-        texts: list[str] = []
-        token_ids: list[TokenId] = []
-        last: dict[str, Any] = {}
-        async for chunk in self:
-            texts.append(chunk.text)
-            token_ids.extend(chunk.token_ids)
-            if chunk.finish_reason is not None:
-                last = {"finish_reason": chunk.finish_reason, "usage": chunk.usage}
-        return InferenceResponse(
-            request_id=self.request.id,
-            text="".join(texts),
-            token_ids=token_ids,
-            metrics=self._metrics(),
-            **last,
-        )
+        chunks = [chunk async for chunk in self]
+        return assemble(chunks, self._metrics())
+
+    def _describe_prompt(self) -> list[TokenLogprobs]:
+        if self._tokenizer is None:
+            return []
+        skip = self.request.sampling_params.skip_special_tokens
+        offsets = TokenOffsets(self._tokenizer, (), skip_special_tokens=skip)
+        scores: Sequence[TokenScores | None] = [None, *self._prompt_scores]
+        described = []
+        for token_id, scored in zip(self._prompt, scores, strict=True):
+            described.append(offsets.describe(token_id, scored))
+            offsets.push(token_id)
+        return described
 
     def _metrics(self) -> RequestMetrics:
         def since(moment: float | None) -> float:

@@ -18,6 +18,7 @@ from ferrum_rt.interfaces.errors import (
     TokenizerError,
     Unsupported,
 )
+from ferrum_rt.interfaces.grammar import GrammarCompiler
 from ferrum_rt.interfaces.kv_dtype import KV_DTYPES, KvDtypeKind
 from ferrum_rt.interfaces.model_executor import ModelExecutor
 from ferrum_rt.interfaces.requests import check_sampling
@@ -53,12 +54,15 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
     """A model ready to serve. ``tokenizer`` is None for dummy weights without one: such a model takes and gives token ids.
-    ``defaults`` are what the model's generation_config.json recommends."""
+    ``defaults`` are what the model's generation_config.json recommends. ``tool_format`` is how it writes tool calls, if its
+    chat template shows that."""
 
     executor: ModelExecutor
     tokenizer: Tokenizer | None
     eos_token_ids: frozenset[TokenId]
     defaults: SamplingParams
+    grammars: GrammarCompiler | None = None
+    tool_format: ToolFormat | None = None
 
 
 def load_model(config: EngineConfig) -> LoadedModel:
@@ -154,7 +158,7 @@ def _load_tokenizer(directory: Path, config: EngineConfig, spec: DecoderSpec, eo
 
 
 def _sampling_defaults(path: Path, generation: dict[str, Any]) -> SamplingParams:
-    names = ("temperature", "top_p", "top_k", "min_p")
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     given = {name: generation[name] for name in names if generation.get(name) is not None}
     if generation.get("do_sample") is False:
         given = {"temperature": 0.0}
@@ -196,7 +200,7 @@ def _build_executor(directory: Path, config: EngineConfig, raw: dict[str, Any], 
                 device=Device.CPU,
             ),
             decoder,
-            BatchSampler(num_slots),
+            BatchSampler(num_slots, spec.vocab_size, max_model_len, ops.device),
             cache,
             num_slots=num_slots,
             num_pages=num_pages,

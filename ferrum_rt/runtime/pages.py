@@ -15,8 +15,8 @@ from collections.abc import Sequence as Tokens
 import msgspec
 
 from ferrum_rt.interfaces.errors import EngineFailed
-from ferrum_rt.interfaces.kv_cache import AllocationRequest, BlockTable, CacheHandleStats, KvCacheHandle
-from ferrum_rt.interfaces.types import PageCounts, RequestId, TokenId
+from ferrum_rt.interfaces.kv_cache import AllocationRequest, BlockTable, CacheHandleStats, KvCacheFork, KvCacheHandle
+from ferrum_rt.interfaces.types import PageCounts, TokenId
 
 
 class _Published(msgspec.Struct, frozen=True):
@@ -35,7 +35,7 @@ class PagedKvCache:
         self._free = list(range(num_pages - 1, -1, -1))
         self._refcounts = [0] * num_pages
         self._num_active = 0
-        self._handles: dict[RequestId, KvCacheHandle] = {}
+        self._handles: set[KvCacheHandle] = set()
         self._published: dict[int, _Published] = {}
         self._by_digest: dict[bytes, int] = {}
         self._cached: dict[int, None] = {}  # least recently used first
@@ -57,9 +57,7 @@ class PagedKvCache:
 
         At least one token is always left to compute: its logits are what the caller is after.
         """
-        if request.request_id in self._handles:
-            raise EngineFailed(f"page ledger: {request.request_id} already holds pages")
-        pages, digest = self._match(request)
+        pages, digests = self._match(request)
         needed = self.pages_for(request.num_tokens) - len(pages)
         if needed > self.num_available - sum(self._refcounts[page] == 0 for page in pages):
             return None
@@ -73,11 +71,31 @@ class PagedKvCache:
             request_id=request.request_id,
             table=BlockTable(pages),
             num_cached_tokens=hits * self.block_size,
-            num_published=hits,
-            digest=digest,
+            digests=digests,
         )
-        self._handles[request.request_id] = handle
+        self._handles.add(handle)
         return handle
+
+    def fork(self, handle: KvCacheHandle, num_tokens: int, room: int) -> KvCacheFork | None:
+        """Claim the handle's first ``num_tokens`` tokens too, with room for ``room`` in all; None, with nothing changed, if
+        too few pages are free. Only full pages are shared: whoever goes on in one writes to it."""
+        known, num_shared = handle.table.pages, num_tokens // self.block_size
+        needed = self.pages_for(room) - num_shared
+        if needed > self.num_available:
+            return None
+        pages = known[:num_shared]
+        for page in pages:
+            self._acquire(page)
+        pages.extend(self._take() for _ in range(needed))
+        fork = KvCacheHandle(
+            request_id=handle.request_id,
+            table=BlockTable(pages),
+            num_cached_tokens=num_tokens,
+            digests=handle.digests[: num_shared + 1],
+        )
+        self._handles.add(fork)
+        is_partial = num_tokens % self.block_size > 0
+        return KvCacheFork(fork, (known[num_shared], pages[num_shared]) if is_partial else None)
 
     def extend(self, handle: KvCacheHandle, num_tokens: int) -> bool:
         """Give the handle room for ``num_tokens`` tokens in all; False, with nothing changed, if too few pages are free."""
@@ -94,20 +112,21 @@ class PagedKvCache:
         if not self._prefix_caching:
             return
         size = self.block_size
-        for index in range(handle.num_published, num_computed // size):
+        for index in range(len(handle.digests) - 1, num_computed // size):
             tokens = array("I", token_ids[index * size : (index + 1) * size]).tobytes()
-            handle.digest = self._chain(handle.digest, tokens)
-            handle.num_published = index + 1
+            digest = self._chain(handle.digests[-1], tokens)
+            handle.digests.append(digest)
             # Where two sequences computed the same page at the same time, the first one stays published.
-            if handle.digest not in self._by_digest:
+            if digest not in self._by_digest:
                 page = handle.table.pages[index]
-                self._by_digest[handle.digest] = page
-                self._published[page] = _Published(handle.digest, tokens)
+                self._by_digest[digest] = page
+                self._published[page] = _Published(digest, tokens)
 
     def deallocate(self, handle: KvCacheHandle) -> None:
         """Give up a handle's claim. Published pages stay cached, the end of the sequence to be evicted first."""
-        if self._handles.pop(handle.request_id, None) is not handle:
+        if handle not in self._handles:
             raise EngineFailed(f"page ledger: {handle.request_id} gives back pages that it does not hold")
+        self._handles.remove(handle)
         for page in reversed(handle.table.pages):
             self._release(page)
         handle.table.pages = []
@@ -131,7 +150,7 @@ class PagedKvCache:
     def verify(self) -> None:
         """Check the whole ledger, in time linear in the pages; raises EngineFailed naming the first page that is wrong."""
         held = [0] * self._total
-        for handle in self._handles.values():
+        for handle in self._handles:
             for page in handle.table.pages:
                 held[page] += 1
         free = set(self._free)
@@ -149,21 +168,22 @@ class PagedKvCache:
                 raise EngineFailed(f"page ledger: page {page} is published wrongly")
         self._check_counts()
 
-    def _match(self, request: AllocationRequest) -> tuple[list[int], bytes]:
-        digest = hashlib.blake2b(request.salt, digest_size=16, key=self._key).digest()
+    def _match(self, request: AllocationRequest) -> tuple[list[int], list[bytes]]:
+        """The longest published prefix: its pages, and the digests of its start and of each page."""
+        digests = [hashlib.blake2b(request.salt, digest_size=16, key=self._key).digest()]
         pages: list[int] = []
-        if not self._prefix_caching:
-            return pages, digest
+        if not self._prefix_caching or not request.reuse_prefix:
+            return pages, digests
         size = self.block_size
         for start in range(0, len(request.token_ids) - size, size):
             tokens = array("I", request.token_ids[start : start + size]).tobytes()
-            following = self._chain(digest, tokens)
-            page = self._by_digest.get(following)
+            digest = self._chain(digests[-1], tokens)
+            page = self._by_digest.get(digest)
             if page is None or self._published[page].tokens != tokens:
                 break
             pages.append(page)
-            digest = following
-        return pages, digest
+            digests.append(digest)
+        return pages, digests
 
     def _chain(self, digest: bytes, tokens: bytes) -> bytes:
         return hashlib.blake2b(digest + tokens, digest_size=16, key=self._key).digest()

@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Unpack
@@ -14,10 +15,10 @@ from anyio.streams.memory import MemoryObjectReceiveStream
 
 from ferrum_rt.interfaces.config import ConfigFields, EngineConfig, build_config
 from ferrum_rt.interfaces.errors import Cancelled, EngineFailed, FerrumError, RequestValidationError, ResourceExhausted
-from ferrum_rt.interfaces.requests import RequestFields, build_request, is_token_ids
+from ferrum_rt.interfaces.grammar import Grammar
+from ferrum_rt.interfaces.requests import RequestFields, build_request, check_vocabulary
 from ferrum_rt.interfaces.scheduler import SequenceUpdate
 from ferrum_rt.interfaces.types import (
-    ChatMessage,
     ComponentHealth,
     ComponentStatus,
     EngineMetrics,
@@ -30,13 +31,12 @@ from ferrum_rt.interfaces.types import (
     RequestCounts,
     RequestId,
     StreamChunk,
-    TokenId,
 )
 from ferrum_rt.runtime.engine import EngineLoop
 from ferrum_rt.runtime.generation import Generation
 from ferrum_rt.runtime.loader import LoadedModel, load_model
 from ferrum_rt.runtime.pages import PagedKvCache
-from ferrum_rt.runtime.resolve import resolve
+from ferrum_rt.runtime.resolve import EncodedRequest, compile_grammar, encode, has_text, is_constrained, resolve
 from ferrum_rt.runtime.scheduler import UnifiedScheduler
 from ferrum_rt.runtime.worker import Worker
 
@@ -81,7 +81,9 @@ class Runtime:
         async with AsyncExitStack() as stack:
             executor_thread = await stack.enter_async_context(Worker("ferrum-executor"))
             self._tokenizer_thread = await stack.enter_async_context(Worker("ferrum-tokenizer"))
+            self._compiler_thread = await stack.enter_async_context(Worker("ferrum-grammar-compiler"))
             self._model = await executor_thread.run(lambda: self._load(self._config))
+            stack.push_async_callback(self._close_executor, executor_thread)
             self._executor_thread = executor_thread
             tasks = await stack.enter_async_context(anyio.create_task_group())
             self._tasks_scope: anyio.CancelScope = await tasks.start(self._run, name="ferrum runtime")
@@ -104,6 +106,7 @@ class Runtime:
         )
         self._capacity = config.scheduler.max_running_requests + config.scheduler.max_waiting_requests
         self._to_tokenizer, admitted = anyio.create_memory_object_stream[Generation](self._capacity)
+        self._to_compiler, encoded = anyio.create_memory_object_stream[tuple[Generation, EncodedRequest]](self._capacity)
         to_detokenizer, updates = anyio.create_memory_object_stream[list[SequenceUpdate]](1)
         self._engine = EngineLoop(
             self._scheduler,
@@ -114,10 +117,11 @@ class Runtime:
             on_start=self._started,
         )
         # Closed here and not by the tasks, which do not even begin if the engine is closed as soon as it is open.
-        with self._to_tokenizer, admitted, to_detokenizer, updates:
+        with self._to_tokenizer, admitted, self._to_compiler, encoded, to_detokenizer, updates:
             try:
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(self._tokenize, admitted, name="ferrum tokenizer")
+                    tasks.start_soon(self._compile, encoded, name="ferrum grammar compiler")
                     tasks.start_soon(self._engine.run, name="ferrum engine")
                     tasks.start_soon(self._detokenize, updates, name="ferrum detokenizer")
                     task_status.started(tasks.cancel_scope)
@@ -135,6 +139,10 @@ class Runtime:
             await self._exit_stack.__aexit__(None, None, None)
         if self._failure is None:
             self._cache.verify()
+
+    async def _close_executor(self, thread: Worker) -> None:
+        with anyio.CancelScope(shield=True):  # behind the step that may be running; the thread's own end waits as long
+            await thread.run(self._model.executor.close)
 
     async def shutdown(self) -> None:
         """Refuse new requests, let those under way finish for ``scheduler.drain_s`` seconds, cancel the rest."""
@@ -236,6 +244,7 @@ class Runtime:
             "engine": _health(self._state is EngineState.READY, str(self._failure or f"state is {self._state.value}")),
             "executor": _health(self._executor_thread.is_alive, "its thread has stopped"),
             "tokenizer": _health(self._tokenizer_thread.is_alive, "its thread has stopped"),
+            "grammar compiler": _health(self._compiler_thread.is_alive, "its thread has stopped"),
         }
         healthy = all(health.healthy for health in components.values())
         return HealthStatus(healthy=healthy, status=ComponentStatus(components=components))
@@ -249,6 +258,7 @@ class Runtime:
             raise Cancelled(f"the engine takes no requests: its state is {self._state.value}")
         if request.id in self._active:
             raise RequestValidationError(f"id: a request {request.id!r} is already under way")
+        check_vocabulary(request.sampling_params, self._model.executor.model_info.vocab_size)
         generation = Generation(request, self._config.batching.stream_capacity, time.monotonic(), self._has_room)
         try:
             if len(self._active) >= self._capacity:
@@ -272,39 +282,50 @@ class Runtime:
             batch = [generation for generation in batch if not generation.is_finished]
             results = await self._encode([generation.request for generation in batch])
             for generation, result in zip(batch, results, strict=True):
-                if not generation.is_finished:
-                    self._submit(generation, result)
+                if generation.is_finished:
+                    continue
+                if isinstance(result, FerrumError):
+                    self._fail(generation, result, "failed")
+                elif is_constrained(generation.request):
+                    self._to_compiler.send_nowait((generation, result))  # has room for all that are admitted
+                else:
+                    self._submit(generation, result, None)
             self._engine.notify()
 
-    async def _encode(self, requests: list[InferenceRequest]) -> list[list[TokenId] | FerrumError]:
+    async def _encode(self, requests: list[InferenceRequest]) -> list[EncodedRequest | FerrumError]:
         """Token ids, or what is wrong, for each; off the event loop if there is any text among them."""
-        if all(not isinstance(request.prompt, str) and is_token_ids(request.prompt) for request in requests):
+        if not any(has_text(request) for request in requests):
             return [self._encode_one(request) for request in requests]
         return await self._tokenizer_thread.run(lambda: [self._encode_one(request) for request in requests])
 
-    def _encode_one(self, request: InferenceRequest) -> list[TokenId] | FerrumError:
-        prompt, tokenizer = request.prompt, self._model.tokenizer
-        if not isinstance(prompt, str) and is_token_ids(prompt):
-            return [TokenId(token) for token in prompt if isinstance(token, int)]
-        if tokenizer is None:
-            return RequestValidationError("prompt: this model was loaded without a tokenizer; send token ids")
+    def _encode_one(self, request: InferenceRequest) -> EncodedRequest | FerrumError:
         try:
-            if isinstance(prompt, str):
-                special = self._config.model.tokenizer.add_special_tokens
-                return tokenizer.encode_batch([prompt], add_special_tokens=special)[0]
-            messages = [message for message in prompt if isinstance(message, ChatMessage)]
-            return tokenizer.encode_batch([tokenizer.render_chat(messages)], add_special_tokens=False)[0]
+            return encode(request, self._model, self._config)
         except FerrumError as error:
             return error
 
-    def _submit(self, generation: Generation, tokens: list[TokenId] | FerrumError) -> None:
+    async def _compile(self, encoded: MemoryObjectReceiveStream[tuple[Generation, EncodedRequest]]) -> None:
+        """Grammars, one after the other; requests that have none do not wait for them."""
+        async for generation, request in encoded:
+            if generation.is_finished:
+                continue
+            try:
+                grammar = await self._compiler_thread.run(partial(compile_grammar, generation.request, self._model))
+            except FerrumError as error:
+                if not generation.is_finished:
+                    self._fail(generation, error, "failed")
+                continue
+            if not generation.is_finished:
+                self._submit(generation, request, grammar)
+                self._engine.notify()
+
+    def _submit(self, generation: Generation, encoded: EncodedRequest, grammar: Grammar | None) -> None:
         try:
-            if isinstance(tokens, FerrumError):
-                raise tokens
-            self._scheduler.submit(resolve(generation.request, tokens, self._model, self._config, generation.submitted_at))
-            generation.tokenized(tokens, self._model.tokenizer)
+            self._scheduler.submit(resolve(encoded, grammar, self._model, self._config, generation.submitted_at))
         except FerrumError as error:
             self._fail(generation, error, "failed")
+        else:
+            generation.tokenized(encoded.token_ids, self._model.tokenizer, self._model.tool_format)
 
     def _started(self, request_id: RequestId) -> None:
         generation = self._active.get(request_id)
@@ -330,10 +351,10 @@ class Runtime:
         except FerrumError as error:
             self._fail(generation, error, "failed")
             return
-        if reason is not None:
+        if reason is not None and update.finish_reason is None:  # a stop string, which the scheduler knows nothing of
+            self._drop(generation, update.index)
+        if generation.has_ended:
             self._end(generation, "finished")
-            if update.finish_reason is None:  # a stop string, which the scheduler knows nothing of
-                self._drop(generation)
         elif generation.must_park and not generation.is_parked:
             generation.is_parked = True
             self._scheduler.park(update.request_id)
@@ -349,11 +370,11 @@ class Runtime:
         self._end(generation, outcome)
         self._drop(generation)
 
-    def _drop(self, generation: Generation) -> None:
-        """Take the request from the scheduler, if it is still there."""
+    def _drop(self, generation: Generation, index: int | None = None) -> None:
+        """Take the request, or one of its outputs, from the scheduler, if it is still there."""
         if self._failure is None:
             try:
-                self._scheduler.cancel(generation.request.id)
+                self._scheduler.cancel(generation.request.id, index)
             except EngineFailed as error:  # the page ledger does not add up; nobody may go on with these pages
                 self._break(error)
 

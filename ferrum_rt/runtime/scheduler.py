@@ -12,17 +12,21 @@ from bisect import insort
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 
-from ferrum_rt.interfaces.errors import BackendError, DeadlineExceeded, EngineFailed, FerrumError, RequestValidationError
+from ferrum_rt.interfaces.errors import DeadlineExceeded, EngineFailed, FerrumError, RequestValidationError
 from ferrum_rt.interfaces.kv_cache import AllocationRequest, KvCacheHandle
 from ferrum_rt.interfaces.model_executor import (
     DecodeInput,
+    DecodeOutput,
     PageAppend,
+    PageCopy,
     PrefillInput,
+    PrefillOutput,
     SlotAssignment,
     StepInput,
     StepOutput,
     UnifiedBatch,
 )
+from ferrum_rt.interfaces.sampler import SampledToken, TokenScores
 from ferrum_rt.interfaces.scheduler import BatchHint, BatchPlan, SequenceRequest, SequenceUpdate
 from ferrum_rt.interfaces.types import BatchId, FinishReason, Priority, RequestId, SchedulerStats, TokenId
 from ferrum_rt.runtime.pages import PagedKvCache
@@ -31,10 +35,12 @@ from ferrum_rt.runtime.sequence import Sequence, SequenceState
 
 @dataclass(slots=True)
 class _Entry:
-    """One sequence's part in a planned step: when it is committed, ``end`` tokens are computed in ``handle``'s pages."""
+    """One sequence's part in a planned step: when it is committed, the tokens from ``start`` to ``end`` are computed in
+    ``handle``'s pages."""
 
     sequence: Sequence
     handle: KvCacheHandle
+    start: int
     end: int
     samples: bool
 
@@ -47,13 +53,13 @@ class UnifiedScheduler:
         self._num_pages = num_pages
         self._max_model_len = max_model_len
         self._free_slots = list(range(num_slots - 1, -1, -1))
-        self._sequences: dict[RequestId, Sequence] = {}
-        self._waiting: dict[Priority, OrderedDict[RequestId, Sequence]] = {
+        self._sequences: dict[RequestId, list[Sequence]] = {}  # the samples of each request that have not ended
+        self._waiting: dict[Priority, OrderedDict[Sequence, None]] = {
             priority: OrderedDict() for priority in sorted(Priority, reverse=True)
         }
         self._running: list[Sequence] = []  # most urgent first
-        self._parked: dict[RequestId, Sequence] = {}
-        self._deadlines: list[tuple[float, int, RequestId]] = []
+        self._parked: dict[Sequence, None] = {}
+        self._deadlines: list[tuple[float, int, SequenceRequest]] = []
         self._in_flight: deque[tuple[BatchId, list[_Entry]]] = deque()
         self._num_arrivals = 0
         self._num_batches = 0
@@ -68,73 +74,73 @@ class UnifiedScheduler:
         if request.request_id in self._sequences:
             raise RequestValidationError(f"id: a request {request.request_id!r} is already under way")
         self._check_fits(len(request.token_ids), request.max_tokens)
-        sequence = Sequence(request, self._num_arrivals)
-        self._num_arrivals += 1
+        samples = [Sequence(request, self._num_arrivals + index, index) for index in range(request.num_samples)]
+        self._num_arrivals += len(samples)
         self._prompt_tokens += len(request.token_ids)
-        self._sequences[request.request_id] = sequence
-        self._waiting[request.priority][request.request_id] = sequence
+        self._sequences[request.request_id] = samples
+        for sequence in samples[1:]:
+            sequence.state = SequenceState.HELD
+        self._waiting[request.priority][samples[0]] = None
         if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, sequence.arrival, request.request_id))
+            heapq.heappush(self._deadlines, (request.deadline, samples[0].arrival, request))
 
-    def cancel(self, request_id: RequestId) -> bool:
-        """Drop a request, wherever it is, and free its pages now; False if it is not here (any more)."""
-        sequence = self._sequences.get(request_id)
-        if sequence is None:
-            return False
-        self._finish(sequence)
-        return True
+    def cancel(self, request_id: RequestId, index: int | None = None) -> bool:
+        """Drop a request, or one of its samples, wherever it is, and free the pages now; False if it is not here (any
+        more)."""
+        samples = [sequence for sequence in self._sequences.get(request_id, ()) if index in (None, sequence.index)]
+        for sequence in samples:
+            self._finish(sequence)
+        return bool(samples)
 
     def park(self, request_id: RequestId) -> None:
-        """Leave a sequence out of the coming steps. Its slot and pages stay with it until somebody waits for them."""
-        sequence = self._sequences.get(request_id)
-        if sequence is not None and sequence.state is not SequenceState.PARKED:
-            self._leave_queue(sequence)
-            sequence.state = SequenceState.PARKED
-            self._parked[request_id] = sequence
+        """Leave a request out of the coming steps. Slots and pages stay with it until somebody waits for them."""
+        for sequence in self._sequences.get(request_id, ()):
+            if sequence.state not in (SequenceState.PARKED, SequenceState.HELD):
+                self._leave_queue(sequence)
+                sequence.state = SequenceState.PARKED
+                self._parked[sequence] = None
 
     def unpark(self, request_id: RequestId) -> None:
-        """Let a parked sequence go on."""
-        sequence = self._parked.pop(request_id, None)
-        if sequence is None:
-            return
-        if sequence.handle is not None:
-            self._run(sequence)
-        else:
-            self._wait_in_front(sequence)
+        """Let a parked request go on."""
+        for sequence in reversed(self._sequences.get(request_id, ())):
+            if sequence.state is SequenceState.PARKED:
+                del self._parked[sequence]
+                if sequence.handle is not None:
+                    self._run(sequence)
+                else:
+                    self._wait_in_front(sequence)
 
     def expire(self, now: float) -> list[SequenceUpdate]:
         """End the requests whose deadline has passed: with what they have, or with DeadlineExceeded if that is nothing."""
         updates = []
         while self._deadlines and self._deadlines[0][0] <= now:
-            _, arrival, request_id = heapq.heappop(self._deadlines)
-            sequence = self._sequences.get(request_id)
-            if sequence is None or sequence.arrival != arrival:
+            _, _, request = heapq.heappop(self._deadlines)
+            samples = self._live(request)
+            if samples and not any(sequence.num_outputs for sequence in samples):
+                updates.append(self._fail(request, DeadlineExceeded("the deadline passed before the first token")))
                 continue
-            self._finish(sequence)
-            update = SequenceUpdate(request_id=request_id, token_ids=[], num_cached_tokens=sequence.num_cached_tokens)
-            if sequence.num_outputs:
-                update.finish_reason = FinishReason.DEADLINE
-            else:
-                update.error = DeadlineExceeded("the deadline passed before the first token")
-            updates.append(update)
+            for sequence in samples:
+                self._finish(sequence)
+                updates.append(_update(sequence, finish_reason=FinishReason.DEADLINE))
         return updates
 
     def next_deadline(self) -> float | None:
         """The earliest deadline of a live request."""
         while self._deadlines:
-            deadline, arrival, request_id = self._deadlines[0]
-            sequence = self._sequences.get(request_id)
-            if sequence is not None and sequence.arrival == arrival:
+            deadline, _, request = self._deadlines[0]
+            if self._live(request):
                 return deadline
             heapq.heappop(self._deadlines)
         return None
 
     def statistics(self) -> SchedulerStats:
         cache = self._cache.statistics()
+        running = {sequence.request.request_id for sequence in self._running}
+        parked = {sequence.request.request_id for sequence in self._parked} - running
         return SchedulerStats(
-            running=len(self._running),
-            waiting=sum(len(queue) for queue in self._waiting.values()),
-            parked=len(self._parked),
+            running=len(running),
+            waiting=len(self._sequences) - len(running) - len(parked),
+            parked=len(parked),
             preemptions=self._num_preemptions,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=cache.hit_tokens,
@@ -146,13 +152,16 @@ class UnifiedScheduler:
 
     def plan(self, hint: BatchHint) -> BatchPlan | None:
         """The next step, or None when there is nothing to compute."""
-        step = StepInput([], [], UnifiedBatch([], []))
+        step = StepInput([], [], [], UnifiedBatch([], []))
         entries: list[_Entry] = []
         preemptions = self._num_preemptions
         budget = hint.max_tokens - self._plan_decodes(step, entries)
         budget -= self._plan_prefills(step, entries, budget)
         if self._num_preemptions == preemptions:  # else what was freed is owed to those who run
             self._admit(step, entries, budget)
+        for entry in entries:
+            if entry.samples:
+                self._release_samples(entry.sequence)
         if not step.batch:
             return None
         self._num_batches += 1
@@ -163,34 +172,33 @@ class UnifiedScheduler:
     def commit(self, plan: BatchPlan, output: StepOutput) -> list[SequenceUpdate]:
         """Take over what a step computed. Only now are its pages published."""
         entries = self._landed(plan)
-        token_ids = [item.token_id for item in output.decodes] + [item.token_id for item in output.prefills]
-        if len(entries) != len(token_ids):
-            raise EngineFailed(f"the executor returned {len(token_ids)} outputs for {len(entries)} inputs")
+        outputs: list[DecodeOutput | PrefillOutput] = [*output.decodes, *output.prefills]
+        if len(entries) != len(outputs):
+            raise EngineFailed(f"the executor returned {len(outputs)} outputs for {len(entries)} inputs")
         updates = []
-        for entry, token_id in zip(entries, token_ids, strict=True):
-            sequence = entry.sequence
+        for entry, item in zip(entries, outputs, strict=True):
+            sequence, sampled = entry.sequence, item.sampled
             if sequence.state is SequenceState.FINISHED:
                 continue  # cancelled, or it ended one step ago: this token is the one that was computed ahead
-            if entry.samples and token_id is None:
-                self._finish(sequence)
-                error = BackendError("the model's logits are not numbers (NaN) for this request")
-                updates.append(SequenceUpdate(request_id=sequence.request.request_id, token_ids=[], error=error))
+            if sampled is not None and sampled.error is not None:
+                updates.append(self._fail(sequence.request, sampled.error))
                 continue
             if sequence.handle is entry.handle:  # not preempted since
                 self._cache.publish(entry.handle, sequence.tokens, entry.end)
-            if entry.samples and token_id is not None:
-                updates.append(self._append(sequence, token_id))
+            prompt_scores = self._take_scores(entry, item) if isinstance(item, PrefillOutput) else []
+            if entry.samples and sampled is not None and sampled.token_id is not None:
+                updates.append(self._append(sequence, sampled.token_id, sampled, prompt_scores))
+            elif prompt_scores:
+                updates.append(_update(sequence, prompt_scores=prompt_scores))
         return updates
 
     def fail(self, plan: BatchPlan, error: FerrumError) -> list[SequenceUpdate]:
         """End every request of a step that could not be run."""
-        updates = []
-        for entry in self._landed(plan):
-            if entry.sequence.state is not SequenceState.FINISHED:
-                self._finish(entry.sequence)
-                request_id = entry.sequence.request.request_id
-                updates.append(SequenceUpdate(request_id=request_id, token_ids=[], error=error))
-        return updates
+        return [
+            self._fail(entry.sequence.request, error)
+            for entry in self._landed(plan)
+            if entry.sequence.state is not SequenceState.FINISHED
+        ]
 
     # -- planning -----------------------------------------------------------------------------------------------------
 
@@ -207,7 +215,7 @@ class UnifiedScheduler:
             step.batch.decodes.append(DecodeInput(sequence.slot, position))
             sequence.num_planned = position + 1
             sequence.num_pending += 1
-            entries.append(_Entry(sequence, handle, position + 1, True))
+            entries.append(_Entry(sequence, handle, position, position + 1, True))
         return len(entries)
 
     def _plan_prefills(self, step: StepInput, entries: list[_Entry], budget: int) -> int:
@@ -220,25 +228,52 @@ class UnifiedScheduler:
     def _admit(self, step: StepInput, entries: list[_Entry], budget: int) -> None:
         while budget > 0 and (sequence := self._next_waiting()) is not None:
             request = sequence.request
-            wanted = AllocationRequest(
-                request_id=request.request_id,
-                token_ids=sequence.tokens,
-                num_tokens=len(sequence.tokens),
-                salt=request.salt,
-            )
-            handle = self._cache.allocate(wanted) if self._free_slots else None
+            handle = self._claim_pages(sequence, step, entries) if self._free_slots else None
             if handle is None:
                 if self._preempt_parked():
                     continue
                 return
-            del self._waiting[request.priority][request.request_id]
-            if not sequence.num_outputs:
-                sequence.num_cached_tokens = handle.num_cached_tokens
+            del self._waiting[request.priority][sequence]
             slot = self._free_slots.pop()
             sequence.start(slot, handle)
             self._run(sequence)
-            step.assigned.append(SlotAssignment(slot, request.request_id, request.sampling, list(handle.table.pages)))
+            pages = list(handle.table.pages)
+            step.assigned.append(SlotAssignment(slot, request.request_id, sequence.sampling, pages, sequence.history))
             budget -= self._plan_chunk(sequence, step, entries, budget)
+
+    def _claim_pages(self, sequence: Sequence, step: StepInput, entries: list[_Entry]) -> KvCacheHandle | None:
+        """Those of another sample that has computed the prompt in an earlier step, all but its last token, whose logits are
+        wanted; else what the prefix cache has, and new ones."""
+        request, num_prompt = sequence.request, len(sequence.request.token_ids)
+        if request.num_samples > 1 and not sequence.num_outputs:
+            too_fresh = {entry.sequence for entry in entries if entry.start < num_prompt}
+            for other in self._sequences[request.request_id]:
+                if other.handle is not None and other.num_planned >= num_prompt and other not in too_fresh:
+                    fork = self._cache.fork(other.handle, num_prompt - 1, room=num_prompt)
+                    if fork is None:
+                        return None
+                    if fork.copy is not None:
+                        step.copied.append(PageCopy(*fork.copy))
+                    sequence.num_cached_tokens = other.num_cached_tokens
+                    return fork.handle
+        handle = self._cache.allocate(
+            AllocationRequest(
+                request_id=request.request_id,
+                token_ids=sequence.tokens,
+                num_tokens=len(sequence.tokens),
+                salt=request.salt,
+                reuse_prefix=not sequence.wants_scores,
+            )
+        )
+        if handle is not None and not sequence.num_outputs:
+            sequence.num_cached_tokens = handle.num_cached_tokens
+        return handle
+
+    def _release_samples(self, first: Sequence) -> None:
+        """The prompt of ``first`` is computed by the step just planned; from the next on its siblings can share it."""
+        for sequence in reversed(self._sequences[first.request.request_id]):
+            if sequence.state is SequenceState.HELD:
+                self._wait_in_front(sequence)
 
     def _plan_chunk(self, sequence: Sequence, step: StepInput, entries: list[_Entry], budget: int) -> int:
         start = sequence.num_planned
@@ -247,10 +282,14 @@ class UnifiedScheduler:
         slot, handle = sequence.slot, sequence.handle
         assert slot is not None  # a running sequence has both
         assert handle is not None
-        step.batch.prefills.append(PrefillInput(slot, sequence.tokens[start:end], start, samples))
+        item = PrefillInput(slot, sequence.tokens[start:end], start, samples)
+        if sequence.wants_scores:
+            item.num_scores = sequence.request.prompt_logprobs
+            item.token_after = sequence.tokens[end] if end < len(sequence.tokens) else None
+        step.batch.prefills.append(item)
         sequence.num_planned = end
         sequence.num_pending += samples
-        entries.append(_Entry(sequence, handle, end, samples))
+        entries.append(_Entry(sequence, handle, start, end, samples))
         return end - start
 
     def _make_room(self, sequence: Sequence, step: StepInput) -> KvCacheHandle | None:
@@ -267,7 +306,7 @@ class UnifiedScheduler:
         return None
 
     def _preempt_parked(self) -> bool:
-        for sequence in self._parked.values():
+        for sequence in self._parked:
             if sequence.handle is not None:
                 self._release(sequence)
                 self._num_preemptions += 1
@@ -300,14 +339,14 @@ class UnifiedScheduler:
     def _next_waiting(self) -> Sequence | None:
         for queue in self._waiting.values():
             if queue:
-                return next(iter(queue.values()))
+                return next(iter(queue))
         return None
 
     def _wait_in_front(self, sequence: Sequence) -> None:
         sequence.state = SequenceState.WAITING
         queue = self._waiting[sequence.request.priority]
-        queue[sequence.request.request_id] = sequence
-        queue.move_to_end(sequence.request.request_id, last=False)
+        queue[sequence] = None
+        queue.move_to_end(sequence, last=False)
 
     def _run(self, sequence: Sequence) -> None:
         sequence.state = SequenceState.RUNNING
@@ -319,14 +358,29 @@ class UnifiedScheduler:
             raise EngineFailed(f"step {plan.batch_id} was returned before step {batch_id}")
         return entries
 
-    def _append(self, sequence: Sequence, token_id: TokenId) -> SequenceUpdate:
+    def _live(self, request: SequenceRequest) -> list[Sequence]:
+        """The request's samples that have not ended."""
+        samples = self._sequences.get(request.request_id, [])
+        return list(samples) if samples and samples[0].request is request else []
+
+    def _take_scores(self, entry: _Entry, output: PrefillOutput) -> list[TokenScores]:
+        """Scores of prompt tokens that were not scored before: a prefill may have been cut short and done again."""
+        sequence, start = entry.sequence, entry.start
+        fresh = list(output.scores[max(0, sequence.num_scored - start) :])
+        sequence.num_scored += len(fresh)
+        return fresh
+
+    def _append(
+        self, sequence: Sequence, token_id: TokenId, sampled: SampledToken, prompt_scores: list[TokenScores]
+    ) -> SequenceUpdate:
         sequence.num_pending -= 1
         sequence.tokens.append(token_id)
+        sequence.mirostat_mu = sampled.mirostat_mu
         self._generated_tokens += 1
         request = sequence.request
-        update = SequenceUpdate(
-            request_id=request.request_id, token_ids=[token_id], num_cached_tokens=sequence.num_cached_tokens
-        )
+        update = _update(sequence, token_ids=[token_id], prompt_scores=prompt_scores)
+        if sampled.scores is not None:
+            update.scores = [sampled.scores]
         if token_id in request.stop_token_ids:
             update.finish_reason = FinishReason.STOP
         elif token_id in request.eos_token_ids:
@@ -337,22 +391,30 @@ class UnifiedScheduler:
             self._finish(sequence)
         return update
 
+    def _fail(self, request: SequenceRequest, error: FerrumError) -> SequenceUpdate:
+        """End a request with all its samples."""
+        for sequence in self._live(request):
+            self._finish(sequence)
+        return SequenceUpdate(request_id=request.request_id, token_ids=[], error=error)
+
     def _finish(self, sequence: Sequence) -> None:
         self._leave_queue(sequence)
         if sequence.handle is not None:
             self._release(sequence)
         sequence.state = SequenceState.FINISHED
-        del self._sequences[sequence.request.request_id]
+        samples = self._sequences[sequence.request.request_id]
+        samples.remove(sequence)
+        if not samples:
+            del self._sequences[sequence.request.request_id]
 
     def _leave_queue(self, sequence: Sequence) -> None:
-        request = sequence.request
         match sequence.state:
             case SequenceState.RUNNING:
                 self._running.remove(sequence)
             case SequenceState.WAITING:
-                del self._waiting[request.priority][request.request_id]
+                del self._waiting[sequence.request.priority][sequence]
             case SequenceState.PARKED:
-                del self._parked[request.request_id]
+                del self._parked[sequence]
 
     def _release(self, sequence: Sequence) -> None:
         """Give back slot and pages."""
@@ -360,3 +422,20 @@ class UnifiedScheduler:
             self._cache.deallocate(sequence.handle)
             self._free_slots.append(sequence.slot)
             sequence.stop()
+
+
+def _update(
+    sequence: Sequence,
+    *,
+    token_ids: list[TokenId] | None = None,
+    prompt_scores: list[TokenScores] | None = None,
+    finish_reason: FinishReason | None = None,
+) -> SequenceUpdate:
+    return SequenceUpdate(
+        request_id=sequence.request.request_id,
+        index=sequence.index,
+        token_ids=token_ids or [],
+        prompt_scores=prompt_scores or [],
+        finish_reason=finish_reason,
+        num_cached_tokens=sequence.num_cached_tokens,
+    )

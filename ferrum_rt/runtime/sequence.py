@@ -3,14 +3,19 @@
 import enum
 from dataclasses import dataclass, field
 
+import msgspec
+
 from ferrum_rt.interfaces.kv_cache import KvCacheHandle
+from ferrum_rt.interfaces.sampler import SamplingConfig, SequenceHistory
 from ferrum_rt.interfaces.scheduler import SequenceRequest
 from ferrum_rt.interfaces.types import TokenId
 
 
 class SequenceState(enum.Enum):
-    """Changed by the scheduler alone. A parked sequence may hold a slot and pages, or have lost them to others."""
+    """Changed by the scheduler alone. A held one waits for the first sample of its request to compute their prompt. A parked
+    sequence may hold a slot and pages, or have lost them to others."""
 
+    HELD = enum.auto()
     WAITING = enum.auto()
     RUNNING = enum.auto()
     PARKED = enum.auto()
@@ -21,11 +26,13 @@ class SequenceState(enum.Enum):
 class Sequence:
     """``tokens`` are all that are known. Beyond them, ``num_pending`` (0 or 1) has been sampled by a step that is not
     committed yet. ``num_planned`` tokens have their K/V written once every planned step has run. ``prefill_length`` tokens
-    were known when it got its slot, and so must be sent to the executor; it samples the later ones itself.
+    were known when it got its slot, and so must be sent to the executor; it samples the later ones itself. Of the prompt,
+    ``num_scored`` tokens after the first have been scored.
     """
 
     request: SequenceRequest
     arrival: int
+    index: int = 0
     tokens: list[TokenId] = field(init=False)
     state: SequenceState = SequenceState.WAITING
     slot: int | None = None
@@ -34,6 +41,8 @@ class Sequence:
     num_pending: int = 0
     num_cached_tokens: int = 0
     prefill_length: int = 0
+    num_scored: int = 0
+    mirostat_mu: float | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.token_ids)
@@ -42,6 +51,27 @@ class Sequence:
     def urgency(self) -> tuple[int, int]:
         """Sorts the most urgent first."""
         return (-self.request.priority, self.arrival)
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        sampling = self.request.sampling
+        return msgspec.structs.replace(sampling, sample_index=self.index) if self.index else sampling
+
+    @property
+    def history(self) -> SequenceHistory:
+        """What the sampler is to know when the sequence gets a slot."""
+        uses_history = self.request.sampling.uses_history
+        return SequenceHistory(
+            token_ids=list(self.tokens) if uses_history else (),
+            num_prompt_tokens=len(self.request.token_ids),
+            mirostat_mu=self.mirostat_mu,
+        )
+
+    @property
+    def wants_scores(self) -> bool:
+        """Prompt tokens are still to be scored; the first sample does it for all."""
+        request = self.request
+        return request.prompt_logprobs is not None and self.index == 0 and self.num_scored < len(request.token_ids) - 1
 
     @property
     def length(self) -> int:

@@ -154,7 +154,7 @@ class _Loader:
 
 
 class Decoder:
-    """Runs batches of up to ``max_tokens`` tokens, of which up to ``max_rows`` are sampled from, in buffers of its own."""
+    """Runs batches of up to ``max_tokens`` tokens, and gives logits for up to ``max_rows`` of them at a time, in buffers of its own."""
 
     def __init__(
         self,
@@ -178,9 +178,9 @@ class Decoder:
         self._logits = ops.empty((max_rows, spec.vocab_size), dtype)
 
     def forward(self, batch: TokenBatch, cache: list[KvPages]) -> Tensor:
-        """Logits [R, vocabulary], valid until the next call. ``cache`` has a KvPages per layer."""
+        """What the layers make of the tokens: [N, hidden], valid until the next call. ``cache`` has a KvPages per layer."""
         ops, spec, eps = self.ops, self.spec, self.spec.norm_eps
-        num_tokens, num_rows = len(batch.token_ids), len(batch.logit_rows)
+        num_tokens = len(batch.token_ids)
         residual, x, y = self._residual[:num_tokens], self._x[:num_tokens], self._y[:num_tokens]
         plan = ops.plan_attention(batch)
 
@@ -198,12 +198,16 @@ class Decoder:
             if layer.mlp_out_norm is not None:
                 ops.rms_norm(y, y, layer.mlp_out_norm, eps)
         ops.add_rms_norm(x, residual, y, self.weights.norm, eps)
+        return x
 
+    def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """[R, vocabulary] for these rows of ``hidden``, valid until the next call."""
+        ops, num_rows = self.ops, len(rows)
         last, logits = self._last[:num_rows], self._logits[:num_rows]
-        ops.gather_rows(last, x, batch.logit_rows)
+        ops.gather_rows(last, hidden, rows)
         ops.linear(logits, last, self.weights.lm_head)
-        if spec.final_soft_cap is not None:
-            ops.soft_cap(logits, spec.final_soft_cap)
+        if self.spec.final_soft_cap is not None:
+            ops.soft_cap(logits, self.spec.final_soft_cap)
         return logits
 
     def _attention(self, out: Tensor, x: Tensor, layer: Layer, pages: KvPages, batch: TokenBatch, plan: Any) -> None:
