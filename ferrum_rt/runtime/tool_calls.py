@@ -231,6 +231,8 @@ class ToolCallParser:
     def _scan_call(self, text: str, position: int) -> int:
         place = self._object.place
         end = self._object.scan(text, position)
+        if end == position:  # a number is over
+            return end
         if end < 0 or not self._read(place or self._object.place, text[position:end]):
             self._give_up()
             return position
