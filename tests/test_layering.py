@@ -32,7 +32,7 @@ LAYERS = {
 # Inside runtime a module never reaches one of a line above its own; the scheduler and the executor never each other.
 RUNTIME_ORDER = (
     ("runtime",),
-    ("generation", "resolve", "loader", "tokenizer", "detokenizer"),
+    ("generation", "resolve", "loader", "tokenizer", "detokenizer", "tool_calls"),
     ("engine",),
     ("scheduler", "executor"),
     ("pages", "sequence", "models", "sampler"),
