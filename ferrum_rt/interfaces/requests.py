@@ -1,20 +1,18 @@
 """From what a caller wrote to a checked InferenceRequest. Shared by the in-process engine and the socket client."""
 
-import difflib
-import math
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, get_type_hints
+from typing import Any, Literal, NoReturn, TypedDict
 
-import msgspec
-
-from ferrum_rt.interfaces.errors import RequestValidationError, Unsupported
+from ferrum_rt.interfaces.errors import RequestValidationError
 from ferrum_rt.interfaces.types import (
     ChatMessage,
     ClientId,
+    FunctionCall,
     InferenceRequest,
     Mirostat,
     ModelId,
+    NamedTool,
     Priority,
     Prompt,
     RequestId,
@@ -22,25 +20,55 @@ from ferrum_rt.interfaces.types import (
     SamplingParams,
     SessionId,
     Tool,
+    ToolCall,
     ToolChoice,
 )
+from ferrum_rt.interfaces.validation import (
+    MAX_ID_LENGTH,
+    MAX_STOP_LENGTH,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKENS,
+    REQUEST_CHECKS,
+    SAMPLING_CHECKS,
+    Check,
+    entries,
+    fields_of,
+    function_of,
+    kind_of,
+    nearest,
+    optional,
+    shown,
+    text,
+    token_ids,
+)
+
+__all__ = [
+    "MAX_STOP_LENGTH",
+    "MAX_STOP_STRINGS",
+    "MAX_STOP_TOKENS",
+    "RequestFields",
+    "build_request",
+    "check_sampling",
+    "check_vocabulary",
+    "is_token_ids",
+]
 
 
 class RequestFields(TypedDict, total=False):
-    """Every field of InferenceRequest (but the prompt) and of SamplingParams, as keywords."""
+    """Every field of InferenceRequest (but the prompt) and of SamplingParams, as keywords. A Struct may also be a dict."""
 
     id: RequestId
     model_id: ModelId | None
-    sampling_params: SamplingParams
-    priority: Priority
+    sampling_params: SamplingParams | Mapping[str, Any]
+    priority: Priority | Literal["low", "normal", "high", "critical"]
     client_id: ClientId
     session_id: SessionId | None
     deadline_s: float | None
-    metadata: dict[str, str]
-    tools: list[Tool]
-    tool_choice: ToolChoice
+    metadata: Mapping[str, str]
+    tools: Sequence[Tool | Mapping[str, Any]]
+    tool_choice: ToolChoice | Mapping[str, Any]
     parse_special_tokens: bool
-    logits_processors: list[Any]
+    logits_processors: Sequence[Any]
     max_tokens: int | None
     min_tokens: int
     temperature: float | None
@@ -51,8 +79,8 @@ class RequestFields(TypedDict, total=False):
     repetition_penalty: float | None
     presence_penalty: float
     frequency_penalty: float
-    logit_bias: dict[int, float] | None
-    stop: list[str]
+    logit_bias: Mapping[int, float] | Mapping[str, float] | None
+    stop: list[str] | str
     stop_token_ids: list[int]
     ignore_eos: bool
     seed: int | None
@@ -63,132 +91,168 @@ class RequestFields(TypedDict, total=False):
     bad_words: list[str] | None
     skip_special_tokens: bool
     include_stop: bool
-    response_format: ResponseFormat | None
-    mirostat: Mirostat | None
+    response_format: ResponseFormat | Mapping[str, Any] | None
+    mirostat: Mirostat | Mapping[str, Any] | None
 
 
-_REQUEST_TYPES = get_type_hints(InferenceRequest)
-_SAMPLING_TYPES = get_type_hints(SamplingParams)
+# The longest context of the families that we run.
+MAX_PROMPT_TOKENS = 2**22
+MAX_MESSAGES = 10_000
+MAX_TOOL_CALLS = 128
 
-# Bounds of the numeric fields that work today: field → (lowest, highest), both included.
-_BOUNDS: dict[str, tuple[float, float]] = {
-    "max_tokens": (1, 2**31),
-    "temperature": (0.0, 100.0),
-    "top_p": (0.0, 1.0),
-    "top_k": (0, 2**31),
-    "min_p": (0.0, 1.0),
-    "seed": (0, 2**63 - 1),
+_REQUEST_DEFAULTS = {name: getattr(InferenceRequest(prompt=""), name) for name in REQUEST_CHECKS}
+_SAMPLING_DEFAULTS = {name: getattr(SamplingParams(), name) for name in SAMPLING_CHECKS}
+# With Mirostat no other truncation is done, so one that is set would be ignored: field → what leaves it out.
+_WITHOUT_MIROSTAT: dict[str, tuple[float | None, ...]] = {
+    "top_k": (None, 0),
+    "top_p": (None, 1.0),
+    "min_p": (None, 0.0),
+    "typical_p": (1.0,),
 }
-MAX_STOP_STRINGS = 64
-MAX_STOP_LENGTH = 1024
-MAX_STOP_TOKENS = 1024
-
-# Fields whose work is not done yet: refused unless left at their default, never silently ignored.
-_PLANNED = (
-    "min_tokens",
-    "typical_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "n",
-    "logprobs",
-    "prompt_logprobs",
-    "allowed_token_ids",
-    "bad_words",
-    "response_format",
-    "mirostat",
-)
-_DEFAULTS = SamplingParams()
 
 
 def build_request(prompt: Prompt | InferenceRequest, fields: Mapping[str, Any]) -> InferenceRequest:
-    """Merge ``fields`` into a request and check it.
+    """Merge ``fields`` into a request and check it. Runs on the event loop.
 
-    Raises TypeError for an unknown field, RequestValidationError naming a wrong one, Unsupported for one that this
-    engine cannot honour.
+    The prompt comes out as str, list[int] or list[ChatMessage]; an empty id and a seed of None are chosen. Raises TypeError
+    for an unknown field, RequestValidationError naming a wrong one.
     """
-    request = _checked_request(prompt) if isinstance(prompt, InferenceRequest) else InferenceRequest(prompt=prompt)
-    of_request, of_sampling = {}, {}
-    for key, value in fields.items():
-        if key in _REQUEST_TYPES and key != "prompt":
-            of_request[key] = _checked(key, value, _REQUEST_TYPES[key])
-        elif key in _SAMPLING_TYPES:
-            of_sampling[key] = _checked(key, value, _SAMPLING_TYPES[key])
+    given = dict(fields)
+    if isinstance(prompt, InferenceRequest):
+        request = fields_of("prompt", prompt, InferenceRequest)
+        prompt = request.pop("prompt")
+        given = request | given
+    sampling = {}
+    if "sampling_params" in given:
+        sampling = fields_of("sampling_params", given.pop("sampling_params"), SamplingParams)
+    of_request: dict[str, Any] = {}
+    for name, value in given.items():
+        if name in SAMPLING_CHECKS:
+            sampling[name] = value
+        elif name in REQUEST_CHECKS:
+            of_request[name] = value
         else:
-            nearest = difflib.get_close_matches(key, RequestFields.__annotations__, n=1, cutoff=0.0)[0]
-            raise TypeError(f"unknown request field {key!r}; did you mean {nearest!r}?")
-    request = msgspec.structs.replace(request, **of_request) if of_request else request
-    if of_sampling:
-        params = msgspec.structs.replace(request.sampling_params, **of_sampling)
-        request = msgspec.structs.replace(request, sampling_params=params)
-    if not request.id:
-        request = msgspec.structs.replace(request, id=RequestId(secrets.token_hex(8)))
-    _check_prompt(request.prompt)
-    check_sampling(request.sampling_params)
-    if request.deadline_s is not None and not 0 < request.deadline_s < math.inf:
-        raise RequestValidationError(f"deadline_s must be a positive number of seconds, got {request.deadline_s!r}")
-    return request
-
-
-def is_token_ids(prompt: Prompt) -> bool:
-    """Whether a non-text prompt is a list of token ids (else it is chat messages)."""
-    return not isinstance(prompt, str) and isinstance(prompt[0], int)
-
-
-def _checked_request(request: InferenceRequest) -> InferenceRequest:
-    """The constructor of a Struct checks no types, so a caller's request may hold anything."""
-    names = (name for name in _REQUEST_TYPES if name != "prompt")
-    fields = {name: _checked(name, getattr(request, name), _REQUEST_TYPES[name]) for name in names}
-    return msgspec.structs.replace(request, **fields)
-
-
-def _checked(key: str, value: Any, expected: Any) -> Any:
-    try:
-        return msgspec.convert(_plain(value), expected)
-    except msgspec.ValidationError as error:
-        raise RequestValidationError(f"{key}: {error}") from error
-
-
-def _plain(value: Any) -> Any:
-    """A Struct as a dict, and those in it too, so that msgspec looks at every field."""
-    if isinstance(value, msgspec.Struct):
-        return {name: _plain(getattr(value, name)) for name in value.__struct_fields__}
-    return value
-
-
-def _check_prompt(prompt: Any) -> None:
-    if isinstance(prompt, str):
-        return
-    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
-        raise RequestValidationError(f"prompt must be text, token ids or chat messages, not {type(prompt).__name__}")
-    if not prompt:
-        raise RequestValidationError("prompt is an empty list")
-    are_messages = isinstance(prompt[0], ChatMessage)
-    for item in prompt:
-        if isinstance(item, bool) or not isinstance(item, ChatMessage if are_messages else int):
-            raise RequestValidationError(
-                f"prompt must hold token ids or chat messages throughout, found {type(item).__name__}"
-            )
-        if isinstance(item, ChatMessage):
-            _checked("prompt", item, ChatMessage)
-        elif item < 0:
-            raise RequestValidationError(f"prompt holds the negative token id {item}")
+            _refuse_unknown(name)
+    checked = _checked(sampling, SAMPLING_CHECKS, _SAMPLING_DEFAULTS)
+    if checked.get("seed") is None:
+        checked["seed"] = secrets.randbits(63)
+    params = SamplingParams(**checked)
+    _check_conflicts(params)
+    checked = _checked(of_request, REQUEST_CHECKS, _REQUEST_DEFAULTS)
+    if not checked.get("id"):
+        checked["id"] = secrets.token_hex(8)
+    built = InferenceRequest(prompt=_checked_prompt(prompt), sampling_params=params, **checked)
+    _check_tools(built)
+    return built
 
 
 def check_sampling(params: SamplingParams) -> None:
-    """Raises RequestValidationError or Unsupported, naming the field."""
-    for name in _PLANNED:
-        if getattr(params, name) != getattr(_DEFAULTS, name):
-            raise Unsupported(f"{name} is not supported yet; leave it at its default")
-    for name, (low, high) in _BOUNDS.items():
-        value = getattr(params, name)
-        # Written so that NaN, which compares False, is refused too.
-        if value is not None and not low <= value <= high:
-            raise RequestValidationError(f"{name} must be between {low} and {high}, got {value!r}")
-    if params.top_p == 0.0:
-        raise RequestValidationError("top_p must be above 0; for greedy sampling set temperature to 0")
-    if len(params.stop) > MAX_STOP_STRINGS or any(not 0 < len(s) <= MAX_STOP_LENGTH for s in params.stop):
-        raise RequestValidationError(f"stop takes at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters")
-    if len(params.stop_token_ids) > MAX_STOP_TOKENS:
-        raise RequestValidationError(f"stop_token_ids takes at most {MAX_STOP_TOKENS} ids")
+    """Raises RequestValidationError, naming the field."""
+    checked = _checked(fields_of("sampling_params", params, SamplingParams), SAMPLING_CHECKS, _SAMPLING_DEFAULTS)
+    _check_conflicts(SamplingParams(**checked))
+
+
+def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
+    """Raises RequestValidationError, naming the field, where checked ``params`` speak of a token that the model lacks."""
+    for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
+        ids = getattr(params, name)
+        if ids and (highest := max(ids)) >= vocab_size:
+            raise RequestValidationError(f"{name}: no token {highest}; the model's tokens are 0 to {vocab_size - 1}")
+
+
+def is_token_ids(prompt: Prompt) -> bool:
+    """Whether a prompt is a list of token ids (else it is text or chat messages)."""
+    return not isinstance(prompt, str) and isinstance(prompt[0], int)
+
+
+def _refuse_unknown(name: Any) -> NoReturn:
+    near = nearest(str(name), RequestFields.__annotations__)
+    raise TypeError(f"unknown request field {shown(name)}; did you mean {near!r}?")
+
+
+def _checked(given: Mapping[str, Any], checks: Mapping[str, Check], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The given fields in the form of the Struct. What is left at its default, as None mostly is, needs no look."""
+    return {name: value if value is defaults[name] else checks[name](name, value) for name, value in given.items()}
+
+
+def _check_conflicts(params: SamplingParams) -> None:
+    if params.max_tokens is not None and params.min_tokens > params.max_tokens:
+        raise RequestValidationError(f"min_tokens: {params.min_tokens} is above max_tokens, which is {params.max_tokens}")
+    if params.ignore_eos and params.response_format is not None and params.response_format.type != "text":
+        raise RequestValidationError("ignore_eos: the end token is how an output with a response_format ends; drop one")
+    if params.mirostat is not None:
+        if params.temperature == 0:
+            raise RequestValidationError("mirostat: greedy sampling (temperature 0) leaves it nothing to do; drop one")
+        for name, neutral in _WITHOUT_MIROSTAT.items():
+            if getattr(params, name) not in neutral:
+                raise RequestValidationError(f"mirostat: it chooses the candidates itself; leave {name} out, or mirostat")
+
+
+def _check_tools(request: InferenceRequest) -> None:
+    choice, params = request.tool_choice, request.sampling_params
+    if request.tools and (isinstance(request.prompt, str) or is_token_ids(request.prompt)):
+        raise RequestValidationError("tools: they need chat messages, whose template tells the model of them; see prompt")
+    if choice in ("none", "auto"):
+        return
+    if not request.tools:
+        raise RequestValidationError("tool_choice: there is nothing to choose; give tools")
+    if isinstance(choice, NamedTool) and choice.function.name not in [tool.function.name for tool in request.tools]:
+        raise RequestValidationError(f"tool_choice: {choice.function.name!r} is none of the tools")
+    if params.response_format is not None and params.response_format.type != "text":
+        raise RequestValidationError("tool_choice: a call that is required cannot have a response_format; drop one")
+    if params.ignore_eos:
+        raise RequestValidationError("tool_choice: the end token is how a required call ends; drop ignore_eos")
+
+
+def _checked_prompt(prompt: Any) -> str | list[int] | list[ChatMessage]:
+    """No message of these quotes the prompt: it may be private, and messages are logged."""
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
+        raise RequestValidationError(f"prompt: must be text, a list of token ids or of chat messages, got {kind_of(prompt)}")
+    try:
+        length = len(prompt)
+    except OverflowError:
+        length = MAX_PROMPT_TOKENS + 1
+    if not length:
+        raise RequestValidationError("prompt: is an empty list")
+    if isinstance(prompt[0], int):
+        if length > MAX_PROMPT_TOKENS:
+            raise RequestValidationError(f"prompt: has {length} tokens; at most {MAX_PROMPT_TOKENS} go")
+        return token_ids("prompt", list(prompt))
+    if length > MAX_MESSAGES:
+        raise RequestValidationError(f"prompt: has {length} messages; at most {MAX_MESSAGES} go")
+    return [_checked_message(index, message) for index, message in enumerate(prompt)]
+
+
+def _checked_message(index: int, message: Any) -> ChatMessage:
+    name = f"prompt[{index}]"
+    fields = fields_of(name, message, ChatMessage)
+    content, calls = fields.get("content", ""), fields.get("tool_calls")
+    calls = [] if calls is None else entries(f"{name}.tool_calls", calls, MAX_TOOL_CALLS, "calls")
+    if content is None and calls:
+        content = ""
+    if not isinstance(content, str):
+        raise RequestValidationError(f"{name}.content: must be text, got {kind_of(content)}")
+    return ChatMessage(
+        role=text(f"{name}.role", fields.get("role"), MAX_ID_LENGTH),
+        content=content,
+        name=_name_or_none(f"{name}.name", fields.get("name")),
+        tool_calls=[_checked_call(f"{name}.tool_calls[{at}]", call) for at, call in enumerate(calls)],
+        tool_call_id=_name_or_none(f"{name}.tool_call_id", fields.get("tool_call_id")),
+    )
+
+
+def _checked_call(name: str, call: Any) -> ToolCall:
+    fields = fields_of(name, call, ToolCall)
+    function = fields_of(f"{name}.function", function_of(name, call, ToolCall), FunctionCall)
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str):
+        raise RequestValidationError(f"{name}.function.arguments: must be JSON as text, got {kind_of(arguments)}")
+    return ToolCall(
+        id=text(f"{name}.id", fields.get("id"), MAX_ID_LENGTH),
+        function=FunctionCall(name=text(f"{name}.function.name", function.get("name"), MAX_ID_LENGTH), arguments=arguments),
+    )
+
+
+_name_or_none = optional(lambda name, value: text(name, value, MAX_ID_LENGTH))

@@ -1,7 +1,7 @@
 """Ids, requests, responses and reports: what passes between a caller and an engine."""
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NewType
 
 import msgspec
@@ -141,8 +141,9 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
     tool_call_id: str | None = None
 
 
-Prompt = str | Sequence[int | ChatMessage]
-"""Text, token ids, or chat messages (a sequence holds either ids or messages, never both)."""
+Prompt = str | Sequence[int | ChatMessage | Mapping[str, Any]]
+"""What a caller may write: text, token ids, or chat messages, also as dicts in OpenAI's shape (a sequence holds either ids
+or messages, never both)."""
 
 
 class Mirostat(msgspec.Struct, frozen=True, kw_only=True):
@@ -200,7 +201,7 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     chat messages always are. ``logits_processors`` (LogitsProcessor) work in-process only.
     """
 
-    prompt: Prompt
+    prompt: str | Sequence[int | ChatMessage]
     id: RequestId = RequestId("")
     model_id: ModelId | None = None
     sampling_params: SamplingParams = SamplingParams()
