@@ -91,7 +91,13 @@ def _take_blocks(x: Tensor, chosen: Tensor, size: int) -> Tensor:
 def log_sum_exp(x: Tensor, highest: Tensor) -> Tensor:
     """[R] of workspace rows whose maxima are ``highest``; the rows are used up."""
     x.sub_(highest[:, None]).exp_()
-    return x.unflatten(1, (-1, _BLOCK)).sum(dim=-1).sum(dim=-1).log_().add_(highest)
+    return _row_sums(x).log_().add_(highest)
+
+
+def _row_sums(x: Tensor) -> Tensor:
+    """[R] of workspace rows, block by block: so a row's sum is the same in every batch."""
+    sums: Tensor = x.unflatten(1, (-1, _BLOCK)).sum(dim=-1).sum(dim=-1)
+    return sums
 
 
 def draw(x: Tensor, highest: Tensor, temperature: Tensor, draws: Tensor) -> Tensor:
@@ -134,7 +140,7 @@ def draw_truncated(x: Tensor, highest: Tensor, cut: Truncation, draws: Tensor, *
     if bool((cut.top_k > 0).all()):
         return _draw_kept(truncate(weights, cut, None)[0], ids, draws)
     x.sub_(highest[:, None]).div_(cut.temperature[:, None]).exp_()
-    total = x.unflatten(1, (-1, _BLOCK)).sum(dim=-1).sum(dim=-1)
+    total = _row_sums(x)
     kept, is_whole = truncate(weights, cut, total)
     tokens, surprise = _draw_kept(kept, ids, draws)
     while len(rest := (~is_whole).nonzero()[:, 0]):

@@ -33,6 +33,7 @@ from ferrum_rt.runtime.models.weights import CheckpointReader, DummyReader
 from ferrum_rt.runtime.progress import loading_bar
 from ferrum_rt.runtime.sampler import BatchSampler
 from ferrum_rt.runtime.tokenizer import HfTokenizerFactory
+from ferrum_rt.runtime.tool_calls import ToolFormat
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -79,11 +79,12 @@ class Runtime:
 
     async def __aenter__(self) -> "Runtime":
         async with AsyncExitStack() as stack:
+            closing = stack.enter_context(ExitStack())  # after the threads have ended
             executor_thread = await stack.enter_async_context(Worker("ferrum-executor"))
             self._tokenizer_thread = await stack.enter_async_context(Worker("ferrum-tokenizer"))
             self._compiler_thread = await stack.enter_async_context(Worker("ferrum-grammar-compiler"))
             self._model = await executor_thread.run(lambda: self._load(self._config))
-            stack.push_async_callback(self._close_executor, executor_thread)
+            closing.callback(self._model.executor.close)
             self._executor_thread = executor_thread
             tasks = await stack.enter_async_context(anyio.create_task_group())
             self._tasks_scope: anyio.CancelScope = await tasks.start(self._run, name="ferrum runtime")
@@ -139,10 +140,6 @@ class Runtime:
             await self._exit_stack.__aexit__(None, None, None)
         if self._failure is None:
             self._cache.verify()
-
-    async def _close_executor(self, thread: Worker) -> None:
-        with anyio.CancelScope(shield=True):  # behind the step that may be running; the thread's own end waits as long
-            await thread.run(self._model.executor.close)
 
     async def shutdown(self) -> None:
         """Refuse new requests, let those under way finish for ``scheduler.drain_s`` seconds, cancel the rest."""

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ferrum_rt.interfaces.config import EngineConfig
-from ferrum_rt.interfaces.errors import TokenizerError
+from ferrum_rt.interfaces.errors import BackendError, TokenizerError
 from ferrum_rt.interfaces.model_executor import DecodeOutput, PrefillOutput, StepInput, StepOutput
+from ferrum_rt.interfaces.sampler import SampledToken
 from ferrum_rt.interfaces.tokenizer import TokenizerInfo
 from ferrum_rt.interfaces.types import (
     ChatMessage,
@@ -44,13 +45,13 @@ def printable(digest: int) -> TokenId:
     return TokenId(32 + digest % 95)
 
 
-def expected_tokens(prompt: Sequence[int], count: int, answer: Answer = printable) -> list[TokenId]:
-    """What a FakeExecutor with this ``answer`` generates after ``prompt``."""
+def expected_tokens(prompt: Sequence[int], count: int, answer: Answer = printable, sample: int = 0) -> list[TokenId]:
+    """What a FakeExecutor with this ``answer`` generates after ``prompt`` as the request's sample number ``sample``."""
     digest, tokens = 0, list[TokenId]()
     for token in prompt:
         digest = _digest(digest, token)
     for _ in range(count):
-        tokens.append(answer(digest))
+        tokens.append(answer(_digest(digest, sample) if sample else digest))
         digest = _digest(digest, tokens[-1])
     return tokens
 
@@ -72,6 +73,7 @@ class _Slot:
 
     request_id: RequestId
     pages: list[int]
+    sample_index: int
     length: int | None = None
     last_token: TokenId | None = None
     heads: list[int] = field(default_factory=list)
@@ -93,6 +95,7 @@ class FakeExecutor:
     ) -> None:
         self.num_slots = config.scheduler.max_running_requests
         self.num_steps = 0
+        self.is_closed = False
         self.step_s = step_s
         self.fail_at = fail_at or set()
         self.nan_requests = nan_requests or set()
@@ -121,11 +124,16 @@ class FakeExecutor:
             self._on_step(number, step)
         for assigned in step.assigned:
             assert 0 <= assigned.slot < self.num_slots, f"slot {assigned.slot} is out of range"
-            self._slots[assigned.slot] = _Slot(assigned.request_id, list(assigned.pages))
+            index = assigned.sampling.sample_index
+            self._slots[assigned.slot] = _Slot(assigned.request_id, list(assigned.pages), index)
         for appended in step.appended:
             pages = self._slots[appended.slot].pages
             assert appended.index == len(pages), f"page {appended.index} of slot {appended.slot} follows {len(pages)} pages"
             pages.append(appended.page)
+        for copied in step.copied:
+            size = self._block_size
+            source = slice(copied.source * size, (copied.source + 1) * size)
+            self._digests[copied.target * size : (copied.target + 1) * size] = self._digests[source]
         used = [item.slot for item in step.batch.decodes] + [item.slot for item in step.batch.prefills]
         assert len(set(used)) == len(used), "a slot is in the batch twice"
         decodes = [DecodeOutput(self._decode(item.slot, item.position)) for item in step.batch.decodes]
@@ -140,15 +148,18 @@ class FakeExecutor:
             raise RuntimeError(f"step {number} was told to fail")
         return StepOutput(decodes, prefills)
 
+    def close(self) -> None:
+        self.is_closed = True
+
     def memory_usage(self) -> MemoryUsage:
         return MemoryUsage(weights=0, kv_cache=0)
 
-    def _decode(self, number: int, position: int) -> TokenId | None:
+    def _decode(self, number: int, position: int) -> SampledToken:
         slot = self._slots[number]
         assert slot.length == position, f"slot {number} holds {slot.length} tokens, and decodes at {position}"
         return self._sample(slot, self._write(slot, [slot.last_token or TokenId(0)], position))
 
-    def _prefill(self, number: int, token_ids: list[TokenId], start: int, *, sample: bool) -> TokenId | None:
+    def _prefill(self, number: int, token_ids: list[TokenId], start: int, *, sample: bool) -> SampledToken | None:
         slot = self._slots[number]
         if slot.length is None:
             self._take_over_prefix(slot, start)
@@ -159,11 +170,11 @@ class FakeExecutor:
 
     def _take_over_prefix(self, slot: _Slot, length: int) -> None:
         size = self._block_size
-        assert length % size == 0, f"{length} cached tokens are not whole pages"
-        for page in slot.pages[: length // size]:
-            entries = self._digests[page * size : (page + 1) * size]
+        for start in range(0, length, size):
+            page = slot.pages[start // size]
+            entries = self._digests[page * size : page * size + min(size, length - start)]
             known = [entry for entry in entries if entry is not None]
-            assert len(known) == size, f"page {page} came from the prefix cache, but is not full"
+            assert len(known) == len(entries), f"page {page} came from others, but does not hold what they computed"
             slot.heads.append(known[0])
         slot.length = length
 
@@ -184,9 +195,12 @@ class FakeExecutor:
         slot.length = start + len(token_ids)
         return digest
 
-    def _sample(self, slot: _Slot, digest: int) -> TokenId | None:
-        slot.last_token = None if slot.request_id in self.nan_requests else self._answer(digest)
-        return slot.last_token
+    def _sample(self, slot: _Slot, digest: int) -> SampledToken:
+        if slot.request_id in self.nan_requests:
+            slot.last_token = None
+            return SampledToken(None, error=BackendError("the model's logits are not numbers (NaN) for this request"))
+        slot.last_token = self._answer(digest if slot.sample_index == 0 else _digest(digest, slot.sample_index))
+        return SampledToken(slot.last_token)
 
 
 class ByteTokenizer:
