@@ -203,7 +203,7 @@ def fields_of(name: str, value: Any, kind: type[msgspec.Struct], ignored: str = 
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The most similar of ``names``. The name is cut, as the search takes time with the square of its length."""
+    """The most similar of ``names``. The name is cut, as the search takes the longer the longer it is."""
     return difflib.get_close_matches(name[:_SHOWN], names, n=1, cutoff=0.0)[0]
 
 
@@ -219,7 +219,7 @@ def json_tree(name: str, value: Any, budget: int = MAX_JSON_NODES) -> int:
             elif len(below) + len(item) > budget:
                 raise RequestValidationError(f"{name}: too large; at most {MAX_JSON_NODES} values go")
             elif isinstance(item, dict):
-                length += sum(_json_key(name, key) for key in item)
+                length += sum(len(text(f"{name}, a key", key, MAX_DEFINITION_LENGTH, low=0)) for key in item)
                 below.extend(item.values())
             else:
                 below.extend(item)
@@ -241,12 +241,6 @@ def _json_leaf(name: str, item: Any) -> int:
     if isinstance(item, int) and not -(2**63) <= item < 2**64:
         raise RequestValidationError(f"{name}: holds {shown(item)}; integers of at most 64 bits go")
     return 0
-
-
-def _json_key(name: str, key: Any) -> int:
-    if not isinstance(key, str):
-        raise RequestValidationError(f"{name}: holds the key {shown(key)}; the keys of a JSON object are strings")
-    return len(text(name, key, MAX_DEFINITION_LENGTH, low=0))
 
 
 def _stop(name: str, value: Any) -> list[str]:
