@@ -3,9 +3,11 @@
 import argparse
 from pathlib import Path
 
+import msgspec
+
 from ferrum_rt.interfaces.config import EngineConfig, build_config, load_config
 from ferrum_rt.interfaces.kv_dtype import KvDtypeKind
-from ferrum_rt.interfaces.requests import build_request
+from ferrum_rt.interfaces.requests import check_sampling
 from ferrum_rt.interfaces.types import DataType, Device, SamplingParams
 
 # Options that go by the same name in open_runtime and in SamplingParams.
@@ -47,7 +49,9 @@ def engine_config(arguments: argparse.Namespace) -> EngineConfig:
 
 def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
     """Raises RequestValidationError."""
-    return build_request("", _given(arguments, _SAMPLING)).sampling_params
+    params = msgspec.convert(_given(arguments, _SAMPLING), SamplingParams)
+    check_sampling(params)
+    return params
 
 
 def _given(arguments: argparse.Namespace, names: tuple[str, ...]) -> dict[str, object]:

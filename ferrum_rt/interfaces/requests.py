@@ -178,8 +178,11 @@ def _checked(given: Mapping[str, Any], checks: Mapping[str, Check], defaults: Ma
 def _check_conflicts(params: SamplingParams) -> None:
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
         raise RequestValidationError(f"min_tokens: {params.min_tokens} is above max_tokens, which is {params.max_tokens}")
-    if params.ignore_eos and params.response_format is not None and params.response_format.type != "text":
-        raise RequestValidationError("ignore_eos: the end token is how an output with a response_format ends; drop one")
+    if params.response_format is not None and params.response_format.type != "text":
+        if params.ignore_eos:
+            raise RequestValidationError("ignore_eos: the end token is how an output with a response_format ends; drop one")
+        if params.min_tokens:
+            raise RequestValidationError("min_tokens: the response_format says where the output ends; drop one")
     if params.mirostat is not None:
         if params.temperature == 0:
             raise RequestValidationError("mirostat: greedy sampling (temperature 0) leaves it nothing to do; drop one")
@@ -200,8 +203,8 @@ def _check_tools(request: InferenceRequest) -> None:
         raise RequestValidationError(f"tool_choice: {choice.function.name!r} is none of the tools")
     if params.response_format is not None and params.response_format.type != "text":
         raise RequestValidationError("tool_choice: a call that is required cannot have a response_format; drop one")
-    if params.ignore_eos:
-        raise RequestValidationError("tool_choice: the end token is how a required call ends; drop ignore_eos")
+    if params.ignore_eos or params.min_tokens:
+        raise RequestValidationError("tool_choice: a required call says where the output ends; drop ignore_eos and min_tokens")
 
 
 def _checked_prompt(prompt: Any) -> str | list[int] | list[ChatMessage]:

@@ -81,16 +81,22 @@ def compile_grammar(request: InferenceRequest, model: LoadedModel) -> Grammar:
 def resolve(
     encoded: EncodedRequest, grammar: Grammar | None, model: LoadedModel, config: EngineConfig, submitted_at: float
 ) -> SequenceRequest:
-    """The request with everything filled in that it left open."""
+    """The request with everything filled in that it left open. Raises RequestValidationError where that leaves too little
+    room for its min_tokens."""
     info, request = model.executor.model_info, encoded.request
     params = request.sampling_params
     room = info.max_model_len - len(encoded.token_ids)
     eos = frozenset() if params.ignore_eos else model.eos_token_ids
     stop = frozenset(TokenId(token) for token in params.stop_token_ids)
+    max_tokens = params.max_tokens or max(1, min(config.sampling.max_tokens, room))
+    if params.min_tokens > max_tokens:
+        raise RequestValidationError(
+            f"min_tokens is {params.min_tokens}, but without max_tokens an output ends after {max_tokens}; set max_tokens"
+        )
     return SequenceRequest(
         request_id=request.id,
         token_ids=encoded.token_ids,
-        max_tokens=params.max_tokens or max(1, min(config.sampling.max_tokens, room)),
+        max_tokens=max_tokens,
         sampling=_sampling(encoded, grammar, model.defaults, eos | stop),
         eos_token_ids=eos,
         stop_token_ids=stop,

@@ -24,6 +24,10 @@ from ferrum_rt.kernels.sampling import (
 from ferrum_rt.runtime.processors import Processors
 
 
+GREEDY_BELOW = 1e-5
+"""Temperatures too small to divide by."""
+
+
 class _Group(enum.IntEnum):
     """How a row is drawn; those past the first are copied to the workspace, in this order."""
 
@@ -182,7 +186,7 @@ class BatchSampler:
 
 
 def _group(config: SamplingConfig) -> _Group:
-    if config.temperature > 0:
+    if config.temperature > GREEDY_BELOW:
         return _Group.PART if config.truncates else _Group.WHOLE
     return _Group.GREEDY if config.changes_logits else _Group.SIMPLE
 
