@@ -3,7 +3,6 @@
 from codecs import utf_8_decode
 from collections.abc import Sequence
 
-from ferrum_rt.interfaces.errors import TokenizerError
 from ferrum_rt.interfaces.tokenizer import IncrementalTokenizer
 from ferrum_rt.interfaces.types import TokenId
 from ferrum_rt.runtime.token_bytes import TokenBytes
@@ -35,7 +34,8 @@ class IncrementalDecoder:
                 tail = token_bytes[token_id] + tail
             if len(tail) >= _MAX_HELD:
                 break
-        self._held = tail[utf_8_decode(tail, "replace")[1] :]
+        held = tail[utf_8_decode(tail, "replace")[1] :]
+        self._held = held if _is_half_character(held) else b""
         self._is_start = token_bytes.drops_spaces and not tail
 
     @property
@@ -56,9 +56,14 @@ class IncrementalDecoder:
         return text
 
     def flush(self) -> str:
-        """Nothing: what is held is half a character."""
-        self._held = b""
-        return ""
+        """Nothing, unless it holds what cannot become a character."""
+        held, self._held = self._held, b""
+        return "" if _is_half_character(held) else held.decode(errors="replace")
+
+
+def _is_half_character(held: bytes) -> bool:
+    """False for the start of a surrogate, which is none, but which Python's decoder holds back as well."""
+    return len(held.decode(errors="replace")) == 1
 
 
 class WindowDecoder:
@@ -79,7 +84,7 @@ class WindowDecoder:
         return sum(len(self._token_bytes[token_id]) for token_id in self._held)
 
     def push(self, token_id: TokenId) -> str:
-        """The text that is now certain. Raises TokenizerError where a token changes the text before it."""
+        """The text that is now certain."""
         if token_id in self._skipped:
             return ""
         self._held.append(token_id)
@@ -97,10 +102,8 @@ class WindowDecoder:
         return piece
 
     def _added(self) -> str:
-        before, text = self._decode(self._window), self._decode(self._window + self._held)
-        if not text.startswith(before):
-            raise TokenizerError("the output cannot be turned into text as it comes: a token changed the text before it")
-        return text[len(before) :]
+        # By length: a byte that is no character's turns the bytes before it into as many U+FFFD, though they have gone out.
+        return self._decode(self._window + self._held)[len(self._decode(self._window)) :]
 
     def _decode(self, token_ids: list[TokenId]) -> str:
         return self._token_bytes.rust.decode(token_ids, skip_special_tokens=False)

@@ -236,8 +236,8 @@ class ByteDecoder:
         return self._decoder.decode(_bytes(token_id, self._skip))
 
     def flush(self) -> str:
-        self._decoder.reset()  # what it holds is half a character
-        return ""
+        text = self._decoder.decode(b"", final=True)
+        return text if len(text) > 1 else ""  # half a character would be one U+FFFD
 
 
 def _tokens(text: str, parse_special_tokens: bool) -> list[TokenId]:
