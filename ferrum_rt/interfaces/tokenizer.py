@@ -20,6 +20,11 @@ class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True):
 class IncrementalTokenizer(Protocol):
     """Turns one sequence's tokens into text as they come."""
 
+    @property
+    def num_held_bytes(self) -> int:
+        """How many bytes of tokens (token_bytes) have not gone out as text, which begin the next character."""
+        ...
+
     def push(self, token_id: TokenId) -> str:
         """The text that is now certain: never half a character, possibly empty."""
         ...

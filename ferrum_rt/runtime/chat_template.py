@@ -2,7 +2,7 @@
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jinja2
@@ -12,7 +12,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ferrum_rt.interfaces.errors import RequestValidationError, TokenizerError
-from ferrum_rt.interfaces.types import ChatMessage
+from ferrum_rt.interfaces.types import ChatMessage, Tool
 
 
 class ChatTemplate:
@@ -30,9 +30,11 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise TokenizerError(f"{origin}: the chat template is not valid jinja2: {error}") from error
 
-    def render(self, messages: Sequence[ChatMessage]) -> str:
+    def render(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), protect: Callable[[str], str] = str
+    ) -> str:
         """The prompt, ending where the assistant is to go on."""
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        turns = [{"role": message.role, "content": protect(message.content)} for message in messages]
         try:
             return self._template.render(messages=turns, add_generation_prompt=True, **self._special_tokens)
         except jinja2.TemplateError as error:

@@ -1,17 +1,20 @@
 """Hugging Face tokenizers behind the Tokenizer contract."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
 
-from ferrum_rt.interfaces.errors import RequestValidationError, TokenizerError
+from ferrum_rt.interfaces.errors import FerrumError, RequestValidationError, TokenizerError
 from ferrum_rt.interfaces.tokenizer import IncrementalTokenizer, TokenizerInfo
-from ferrum_rt.interfaces.types import ChatMessage, SpecialTokens, TokenId
+from ferrum_rt.interfaces.types import ChatMessage, SpecialTokens, TokenId, Tool
 from ferrum_rt.runtime.chat_template import ChatTemplate
-from ferrum_rt.runtime.detokenizer import IncrementalDecoder
+from ferrum_rt.runtime.detokenizer import incremental_decoder
+from ferrum_rt.runtime.special_tokens import PromptEncoder
+from ferrum_rt.runtime.token_bytes import TokenBytes
 
 
 class HfTokenizer:
@@ -19,30 +22,37 @@ class HfTokenizer:
 
     def __init__(self, rust: RustTokenizer, special_tokens: SpecialTokens, template: ChatTemplate | None) -> None:
         self._rust, self._template = rust, template
+        self._encoder, self._token_bytes = PromptEncoder(rust), TokenBytes(rust)
         self.info = TokenizerInfo(
             vocab_size=rust.get_vocab_size(with_added_tokens=True),
             special_tokens=special_tokens,
             has_chat_template=template is not None,
         )
 
-    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[TokenId]]:
+    def encode_batch(
+        self, texts: Sequence[str], *, add_special_tokens: bool, parse_special_tokens: bool = False
+    ) -> list[list[TokenId]]:
         """Token ids of each text. Call it off the event loop: it releases the GIL."""
-        try:
-            encodings = self._rust.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
-        except Exception as error:  # the Rust side raises plain Exception, and a TypeError for lone surrogates
-            raise TokenizerError(f"the text cannot be tokenized: {_unicode_fault(texts) or error}") from error
-        return [cast(list[TokenId], encoding.ids) for encoding in encodings]
+        with _tokenizer_errors(texts):
+            return self._encoder.encode_batch(texts, add_special_tokens=add_special_tokens, parse=parse_special_tokens)
+
+    def encode_chat(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> list[TokenId]:
+        """Token ids of a conversation; no message can bring a special token in. Call it off the event loop."""
+        if self._template is None:
+            raise RequestValidationError("prompt: this model has no chat template; send text or token ids")
+        rendered = self._template.render(messages, tools, self._encoder.protect)
+        with _tokenizer_errors([rendered]):
+            return self._encoder.encode_rendered(rendered)
 
     def decode(self, token_ids: Sequence[TokenId], *, skip_special_tokens: bool) -> str:
         return self._rust.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
-    def render_chat(self, messages: Sequence[ChatMessage]) -> str:
-        if self._template is None:
-            raise RequestValidationError("prompt: this model has no chat template; send text or token ids")
-        return self._template.render(messages)
+    def token_bytes(self, token_id: TokenId) -> bytes:
+        """What a token adds to a text; nothing where there is no such token. From the second call on it is looked up."""
+        return self._token_bytes[token_id]
 
     def incremental(self, prompt: Sequence[TokenId], *, skip_special_tokens: bool) -> IncrementalTokenizer:
-        return IncrementalDecoder(self._rust, prompt, skip_special_tokens=skip_special_tokens)
+        return incremental_decoder(self._token_bytes, prompt, skip_special_tokens=skip_special_tokens)
 
 
 class HfTokenizerFactory:
@@ -59,6 +69,8 @@ class HfTokenizerFactory:
             rust = RustTokenizer.from_file(str(path))
         except Exception as error:  # the Rust side raises plain Exception
             raise TokenizerError(f"{path}: not a valid tokenizer: {error}") from error
+        rust.no_truncation()  # some files say to cut texts, or to fill them up to one length
+        rust.no_padding()
         config = _read_config(directory / "tokenizer_config.json")
         names = {key: _content(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
         present = {key: token for key, token in names.items() if token is not None}
@@ -66,6 +78,17 @@ class HfTokenizerFactory:
         eos = self._eos or tuple(ids[key] for key in ("eos_token",) if key in ids)
         special = SpecialTokens(bos=ids.get("bos_token"), eos=eos, pad=ids.get("pad_token"))
         return HfTokenizer(rust, special, _read_template(directory, config, present))
+
+
+@contextmanager
+def _tokenizer_errors(texts: Sequence[str]) -> Iterator[None]:
+    """Makes a TokenizerError of what the Rust side raises over ``texts``."""
+    try:
+        yield
+    except FerrumError:
+        raise
+    except Exception as error:  # it raises plain Exception, and a TypeError for lone surrogates
+        raise TokenizerError(f"the text cannot be tokenized: {_unicode_fault(texts) or error}") from error
 
 
 def _unicode_fault(texts: Sequence[str]) -> str | None:

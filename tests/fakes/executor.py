@@ -29,6 +29,7 @@ from ferrum_rt.interfaces.types import (
     SamplingParams,
     SpecialTokens,
     TokenId,
+    Tool,
 )
 from ferrum_rt.runtime.loader import LoadedModel
 
@@ -208,17 +209,25 @@ class ByteTokenizer:
 
     info = TokenizerInfo(vocab_size=VOCAB_SIZE, special_tokens=SpecialTokens(eos=(EOS,)), has_chat_template=True)
 
-    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[TokenId]]:
+    def encode_batch(
+        self, texts: Sequence[str], *, add_special_tokens: bool, parse_special_tokens: bool = False
+    ) -> list[list[TokenId]]:
         try:
-            return [[TokenId(byte) for byte in text.encode()] for text in texts]
+            return [_tokens(text, parse_special_tokens) for text in texts]
         except UnicodeEncodeError as error:
             raise TokenizerError(f"the text cannot be tokenized: {error}") from error
+
+    def encode_chat(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> list[TokenId]:
+        """The names of the tools in a line, then each message in one."""
+        names = f"tools: {', '.join(tool.function.name for tool in tools)}\n" if tools else ""
+        turns = "".join(f"{message.role}: {message.content}\n" for message in messages)
+        return self.encode_batch([f"{names}{turns}assistant: "], add_special_tokens=False)[0]
 
     def decode(self, token_ids: Sequence[TokenId], *, skip_special_tokens: bool) -> str:
         return b"".join(_bytes(token, skip_special_tokens) for token in token_ids).decode(errors="replace")
 
-    def render_chat(self, messages: Sequence[ChatMessage]) -> str:
-        return "".join(f"{message.role}: {message.content}\n" for message in messages) + "assistant: "
+    def token_bytes(self, token_id: TokenId) -> bytes:
+        return _bytes(token_id, skip_special_tokens=False)
 
     def incremental(self, prompt: Sequence[TokenId], *, skip_special_tokens: bool) -> "ByteDecoder":
         return ByteDecoder(prompt, skip_special_tokens)
@@ -233,8 +242,24 @@ class ByteDecoder:
         for token_id in prompt[-3:]:  # a character has at most three bytes before its last
             self.push(token_id)
 
+    @property
+    def num_held_bytes(self) -> int:
+        return len(self._decoder.getstate()[0])
+
     def push(self, token_id: TokenId) -> str:
         return self._decoder.decode(_bytes(token_id, self._skip))
+
+    def flush(self) -> str:
+        text = self._decoder.decode(b"", final=True)
+        return text if len(text) > 1 else ""  # half a character would be one U+FFFD
+
+
+def _tokens(text: str, parse_special_tokens: bool) -> list[TokenId]:
+    head, *parts = text.split("<eos>") if parse_special_tokens else [text]
+    tokens = [TokenId(byte) for byte in head.encode()]
+    for part in parts:
+        tokens += [EOS, *(TokenId(byte) for byte in part.encode())]
+    return tokens
 
 
 def _bytes(token_id: TokenId, skip_special_tokens: bool) -> bytes:
