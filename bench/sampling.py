@@ -154,9 +154,9 @@ def main() -> None:
     }
     rows = []
     for name, times in taken.items():
-        forward, sampler = (spread(1e3 * time[part] for time in times) for part in (0, 1))
+        forward_ms, sampler_ms = (spread(1e3 * time[part] for time in times) for part in (0, 1))
         limit = f"{LIMITS[name]:.0%}" if name in LIMITS else ""
-        rows.append([name, sampler.show(2), forward.show(), f"{shares[name].median:.2%}", limit])
+        rows.append([name, sampler_ms.show(2), forward_ms.show(), f"{shares[name].median:.2%}", limit])
     print(f"Batch {args.batch}, vocabulary {config['vocab_size']}: median (low to high) of {args.repeats} repeats")
     print(table(["sampling", "sampler ms", "forward ms", "share", "limit"], rows))
     finish(

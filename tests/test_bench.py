@@ -58,3 +58,12 @@ def test_busy_host() -> None:
     for row in report["loop_delay_ms"]:
         for name in ("p50", "p99", "max", "p99_added"):
             assert row[name].keys() == SPREAD
+
+
+@pytest.mark.slow
+def test_sampling() -> None:
+    report = smoke("sampling")
+    sets = {"none", "temperature", "usual", "top_p alone", "min_p alone", "logprobs", "everything"}
+    for figure in ("share_of_forward", "sampler_ms", "forward_ms"):
+        assert report[figure].keys() == sets
+        assert all(row.keys() == SPREAD and row["low"] > 0 for row in report[figure].values())

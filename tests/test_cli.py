@@ -165,9 +165,9 @@ def test_a_closed_pipe_ends_a_run_quietly() -> None:
         ("run def --top-k many", "--top-k: invalid int value: 'many'"),
         ("run def --dtype float7", "--dtype: invalid choice: 'float7'"),
         ("run def --stop", "--stop: expected at least one argument"),
-        ("run def --temperature -1", "temperature must be between 0.0 and 100.0"),
-        ("run def --temperature nan", "temperature must be between 0.0 and 100.0"),
-        ("chat --max-tokens 0", "max_tokens must be between 1 and"),
+        ("run def --temperature -1", "temperature: must be between 0 and 100"),
+        ("run def --temperature nan", "temperature: must be between 0 and 100"),
+        ("chat --max-tokens 0", "max_tokens: must be between 1 and"),
     ],
 )
 def test_wrong_arguments_get_one_line(cli: Cli, arguments: str, message: str) -> None:
