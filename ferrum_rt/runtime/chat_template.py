@@ -34,7 +34,7 @@ class ChatTemplate:
         self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), protect: Callable[[str], str] = str
     ) -> str:
         """The prompt, ending where the assistant is to go on."""
-        turns = [{"role": message.role, "content": protect(message.content)} for message in messages]
+        turns = [{"role": protect(message.role), "content": protect(message.content)} for message in messages]
         try:
             return self._template.render(messages=turns, add_generation_prompt=True, **self._special_tokens)
         except jinja2.TemplateError as error:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ferrum_rt.interfaces.tokenizer import IncrementalTokenizer, Tokenizer, TokenizerFactory
     from ferrum_rt.kernels.cpu.ops import CpuOps
     from ferrum_rt.kernels.reference import ReferenceOps
-    from ferrum_rt.runtime.detokenizer import IncrementalDecoder
+    from ferrum_rt.runtime.detokenizer import IncrementalDecoder, WindowDecoder
     from ferrum_rt.runtime.executor import DecoderExecutor
     from ferrum_rt.runtime.pages import PagedKvCache
     from ferrum_rt.runtime.runtime import Runtime
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     _tensor: type[TensorLike] = torch.Tensor
     _tokenizer: type[Tokenizer] = HfTokenizer
     _tokenizers: type[TokenizerFactory] = HfTokenizerFactory
-    _incremental: type[IncrementalTokenizer] = IncrementalDecoder
+    _incremental: tuple[type[IncrementalTokenizer], ...] = (IncrementalDecoder, WindowDecoder)
 
 CONTRACTS = Path(__file__).parents[2] / "docs" / "contracts.md"
 

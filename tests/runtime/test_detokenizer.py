@@ -230,6 +230,7 @@ def test_words_with_and_without_a_space(pieces: RustTokenizer) -> None:
     assert push_all(pieces, [the], [fox, jump, s]) == [" fox", "jump", "s", ""]
     assert push_all(pieces, [], [the, fox]) == ["the", " fox", ""]
     assert push_all(pieces, [the] * 20, [jump]) == ["jump", ""]
+    assert push_all(pieces, [END], [fox]) == ["fox", ""]
 
 
 @pytest.mark.slow
@@ -309,6 +310,19 @@ def test_unknown_decoder_at_the_end_and_without_one() -> None:
     assert max(map(len, invalid)) == 4
 
 
+def test_unknown_decoder_with_characters_and_a_half() -> None:
+    """The whole characters of a token that ends inside one are not lost at the end."""
+    rust = RustTokenizer(models.BPE({"aÃ": 0, "©": 1}, []))
+    rust.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("x", "y")])
+    assert push_all(rust, [], [0, 1]) == ["", "aé", ""]
+    assert push_all(rust, [], [0]) == ["", "a"]
+
+
+def test_tokens_that_say_nothing() -> None:
+    """An id that is no token's adds nothing, and the next word is written as after the one before."""
+    assert push_all(with_decoder(None), [], [1, 9999, 2]) == ["▁the", "", " ▁fox", ""]
+
+
 # -- the bytes of tokens --------------------------------------------------------------------------------------------------
 
 
@@ -343,7 +357,7 @@ def test_bytes_of_pieces(decoder: decoders.Decoder) -> None:
         bytes_of(token, skip=False) for token in range(len(PIECES))
     ]
     two = WORDS.index("▁▁")
-    assert token_bytes.at_start(two) == {LLAMA: b" ", GEMMA: b"  ", METASPACE: b""}[decoder]
+    assert token_bytes.at_start(two) == (b" " if decoder is LLAMA else b"  " if decoder is GEMMA else b"")
 
 
 @pytest.mark.parametrize(

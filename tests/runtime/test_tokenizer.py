@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as RustTokenizer
 
 from ferrum_rt.interfaces.errors import RequestValidationError, TokenizerError
 from ferrum_rt.interfaces.types import ChatMessage, SpecialTokens, TokenId
@@ -52,6 +53,11 @@ def edit_config(directory: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_bytes()) | changes), encoding="utf-8")
 
 
+def render(tokenizer: HfTokenizer, messages: list[ChatMessage]) -> str:
+    """The prompt that the chat template makes, with its special tokens written out."""
+    return tokenizer.decode(tokenizer.encode_chat(messages), skip_special_tokens=False)
+
+
 # -- text and tokens ------------------------------------------------------------------------------------------------------
 
 
@@ -72,11 +78,17 @@ def test_special_tokens_are_added_where_wanted(tokenizer: HfTokenizer) -> None:
 
 
 def test_special_tokens_in_text(tokenizer: HfTokenizer) -> None:
-    """A special token that is written out is that token, and is decoded to its text unless it is to be skipped."""
-    [tokens] = tokenizer.encode_batch(["<|im_start|>fox<|im_end|>"], add_special_tokens=False)
+    """A special token that is written out is text, unless it is to be parsed; then it is that token, and is decoded to its
+    text unless it is to be skipped."""
+    text = "<|im_start|>fox<|im_end|>"
+    [plain] = tokenizer.encode_batch([text], add_special_tokens=False)
+    assert min(plain) > IM_END
+    assert tokenizer.decode(plain, skip_special_tokens=True) == text
+    [tokens] = tokenizer.encode_batch([text], add_special_tokens=False, parse_special_tokens=True)
     assert (tokens[0], tokens[-1]) == (IM_START, IM_END)
-    assert tokenizer.decode(tokens, skip_special_tokens=False) == "<|im_start|>fox<|im_end|>"
+    assert tokenizer.decode(tokens, skip_special_tokens=False) == text
     assert tokenizer.decode(tokens, skip_special_tokens=True) == "fox"
+    assert tokenizer.encode_batch([text], add_special_tokens=True) == [[BOS, *plain]]
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udfffb"], ids=ascii)
@@ -93,6 +105,17 @@ def test_threads(tokenizer: HfTokenizer) -> None:
     with ThreadPoolExecutor(4) as threads:
         found = threads.map(lambda text: tokenizer.encode_batch([text], add_special_tokens=True)[0], texts)
         assert list(found) == expected
+
+
+def test_texts_are_neither_cut_nor_filled_up(directory: Path, tmp_path: Path) -> None:
+    """What tokenizer.json says of a text's length, which was right for training, is not followed."""
+    rust = RustTokenizer.from_file(str(directory / "tokenizer.json"))
+    rust.enable_truncation(5)
+    rust.enable_padding(length=100)
+    rust.save(str(tmp_path / "tokenizer.json"))
+    [tokens] = HfTokenizerFactory().load(tmp_path).encode_batch(["The quick fox 🙂"], add_special_tokens=False)
+    assert 5 < len(tokens) < 100
+    assert PAD not in tokens
 
 
 # -- what is known of a tokenizer -----------------------------------------------------------------------------------------
@@ -141,7 +164,7 @@ def test_tokenizer_alone(tmp_path: Path) -> None:
 
 def test_chat(tokenizer: HfTokenizer) -> None:
     """The template of tokenizer_config.json is rendered up to where the assistant is to go on."""
-    assert tokenizer.render_chat(MESSAGES[:2]) == (
+    assert render(tokenizer, MESSAGES[:2]) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n"
         "<|im_start|>user\nWie groß ist die Größe?\n<|im_end|>\n"
         "<|im_start|>assistant\n"
@@ -152,7 +175,7 @@ def test_template_in_a_file_of_its_own(tmp_path: Path) -> None:
     """chat_template.jinja goes before the template in tokenizer_config.json."""
     save_tokenizer(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}ß", encoding="utf-8")
-    assert HfTokenizerFactory().load(tmp_path).render_chat(MESSAGES) == "Be brief.ß"
+    assert render(HfTokenizerFactory().load(tmp_path), MESSAGES) == "Be brief.ß"
 
 
 def test_several_templates(tmp_path: Path) -> None:
@@ -160,7 +183,7 @@ def test_several_templates(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
     tool_use = {"name": "tool_use", "template": "tools"}
     edit_config(tmp_path, chat_template=[tool_use, {"name": "default", "template": "plain"}])
-    assert HfTokenizerFactory().load(tmp_path).render_chat(MESSAGES) == "plain"
+    assert render(HfTokenizerFactory().load(tmp_path), MESSAGES) == "plain"
     useless: list[Any] = [[tool_use], [{"name": "default"}], [{}], ["default"], [], 5, None]
     for templates in useless:
         edit_config(tmp_path, chat_template=templates)
@@ -172,14 +195,14 @@ def test_no_template(tmp_path: Path) -> None:
     tokenizer = HfTokenizerFactory().load(save_tokenizer(tmp_path, chat_template=None))
     assert not tokenizer.info.has_chat_template
     with pytest.raises(RequestValidationError, match=r"prompt: .* no chat template; send text or token ids"):
-        tokenizer.render_chat(MESSAGES)
+        tokenizer.encode_chat(MESSAGES)
 
 
 def test_raise_exception(with_template: WithTemplate) -> None:
     """What a template complains about with raise_exception is said to the caller."""
     tokenizer = with_template("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(RequestValidationError, match=r"prompt: .*roles must alternate"):
-        tokenizer.render_chat(MESSAGES)
+        tokenizer.encode_chat(MESSAGES)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +221,7 @@ def test_template_that_fails(with_template: WithTemplate, template: str) -> None
     """A template that fails on these messages fails this request, whatever it raises."""
     tokenizer = with_template(template)
     with pytest.raises(RequestValidationError, match="prompt: the model's chat template"):
-        tokenizer.render_chat(MESSAGES)
+        tokenizer.encode_chat(MESSAGES)
 
 
 @pytest.mark.parametrize(
@@ -215,13 +238,13 @@ def test_template_that_breaks_out(with_template: WithTemplate, template: str) ->
     """A template can neither reach Python's internals nor change what it is given."""
     tokenizer = with_template(template)
     with pytest.raises(RequestValidationError, match="prompt: the model's chat template"):
-        tokenizer.render_chat(MESSAGES)
+        tokenizer.encode_chat(MESSAGES)
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception.__globals__ }}", "{{ '{0.__class__}'.format(messages) }}"])
 def test_template_that_looks_inside(with_template: WithTemplate, template: str) -> None:
     """Where a template only shows Python's internals, it shows nothing."""
-    assert with_template(template).render_chat(MESSAGES) == ""
+    assert render(with_template(template), MESSAGES) == ""
 
 
 @pytest.mark.parametrize("template", ["{% for %}", "{{", "{% endif %}", "{{ messages | no_such_filter }}", "{% nothing %}"])
@@ -270,7 +293,7 @@ def test_templates_render_as_in_transformers(tmp_path: Path, template: str) -> N
     peer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     turns = [{"role": message.role, "content": message.content} for message in MESSAGES]
     expected = peer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert HfTokenizerFactory().load(tmp_path).render_chat(MESSAGES) == expected
+    assert render(HfTokenizerFactory().load(tmp_path), MESSAGES) == expected
 
 
 @pytest.mark.slow
@@ -283,5 +306,4 @@ def test_tokens_equal_transformers(directory: Path, tokenizer: HfTokenizer) -> N
     for special in (True, False):
         assert tokenizer.encode_batch([text], add_special_tokens=special) == [peer.encode(text, add_special_tokens=special)]
     turns = [{"role": message.role, "content": message.content} for message in MESSAGES]
-    chat = tokenizer.encode_batch([tokenizer.render_chat(MESSAGES)], add_special_tokens=False)
-    assert chat == [peer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)]
+    assert tokenizer.encode_chat(MESSAGES) == peer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
