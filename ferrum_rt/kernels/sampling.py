@@ -43,10 +43,11 @@ def workspace(num_rows: int, vocab_size: int, device: torch.device | str) -> Ten
 
 def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """(values, ids) [R] of the first largest entry of each row of logits [R, V]; NaN counts as largest."""
-    rows, vocab_size = logits.shape
+    vocab_size = logits.shape[1]
     whole = vocab_size - vocab_size % _BLOCK
     if whole == 0:
-        return tuple(logits.max(dim=-1))
+        values, ids = logits.max(dim=-1)
+        return values, ids
     maxima = logits[:, :whole].unflatten(1, (-1, _BLOCK)).amax(dim=-1)
     if whole < vocab_size:
         maxima = torch.cat([maxima, logits[:, whole:].amax(dim=-1, keepdim=True)], dim=1)
@@ -87,8 +88,7 @@ def _take_blocks(x: Tensor, chosen: Tensor, size: int) -> Tensor:
 
 def log_sum_exp(x: Tensor, highest: Tensor) -> Tensor:
     """[R] of workspace rows whose maxima are ``highest``; the rows are used up."""
-    x.sub_(highest[:, None]).exp_()
-    return x.unflatten(1, (-1, _BLOCK)).sum(dim=-1).sum(dim=-1).log_().add_(highest)
+    return _total(x.sub_(highest[:, None]).exp_()).log_().add_(highest)
 
 
 def draw(x: Tensor, highest: Tensor, temperature: Tensor, draws: Tensor) -> Tensor:
@@ -121,25 +121,36 @@ class Truncation(NamedTuple):
 
 
 def draw_truncated(x: Tensor, highest: Tensor, cut: Truncation, draws: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
-    """(token ids, their surprise in bits) [R], drawn from what ``cut`` leaves of workspace rows, which are used up.
+    """(token ids, their surprise in bits) [R], drawn from what ``cut`` leaves of workspace rows, which stay as they are.
 
     The ``count`` likeliest are looked at first, which must be at least every top_k; then more, for the rows where they may
-    not be all that is left. What a row draws does not depend on ``count``.
+    not be all that is left. What a row draws does not depend on ``count``: candidates are always in the order of their
+    logits, since different logits may have equal weights.
     """
-    weights, ids = top_candidates(x, count)
-    weights.sub_(highest[:, None]).div_(cut.temperature[:, None]).exp_()
+    logits, ids = top_candidates(x, count)
+    weights = _weigh(logits, highest, cut.temperature)
     if bool((cut.top_k > 0).all()):
         return _draw_kept(truncate(weights, cut, None)[0], ids, draws)
-    x.sub_(highest[:, None]).div_(cut.temperature[:, None]).exp_()
-    total = x.unflatten(1, (-1, _BLOCK)).sum(dim=-1).sum(dim=-1)
+    total = _total(_weigh(x, highest, cut.temperature))
     kept, is_whole = truncate(weights, cut, total)
     tokens, surprise = _draw_kept(kept, ids, draws)
     while len(rest := (~is_whole).nonzero()[:, 0]):
         count *= _MORE
-        weights, ids = top_candidates(x[rest], count)
+        logits, ids = top_candidates(x[rest], count)
+        weights = _weigh(logits, highest[rest], cut.temperature[rest])
         kept, is_whole[rest] = truncate(weights, cut.rows(rest), total[rest])
         tokens[rest], surprise[rest] = _draw_kept(kept, ids, draws[rest])
     return tokens, surprise
+
+
+def _total(weights: Tensor) -> Tensor:
+    """[R], added up in an order that depends on nothing but the width."""
+    blocks: Tensor = weights.unflatten(1, (-1, _BLOCK))
+    return blocks.sum(dim=-1).sum(dim=-1)
+
+
+def _weigh(logits: Tensor, highest: Tensor, temperature: Tensor) -> Tensor:
+    return (logits - highest[:, None]).div_(temperature[:, None]).exp_()
 
 
 def truncate(weights: Tensor, cut: Truncation, total: Tensor | None) -> tuple[Tensor, Tensor]:
