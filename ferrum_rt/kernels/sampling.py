@@ -106,8 +106,8 @@ def draw(x: Tensor, highest: Tensor, temperature: Tensor, draws: Tensor) -> Tens
 class Truncation(NamedTuple):
     """How each row's distribution is cut, all [R]: the ``top_k`` likeliest (0 for all), of them the fewest that reach
     ``top_p``, of them those of at least ``min_p`` times the likeliest; of what is left, the fewest that are nearest to the
-    expected surprise and reach ``typical_p`` (arXiv:2202.00666): transformers' order. Tokens whose surprise is above
-    ``max_surprise`` bits are cut too (Mirostat; inf for none). The likeliest always stays."""
+    expected surprise and reach ``typical_p`` (arXiv:2202.00666): transformers' order. Before that, tokens whose surprise
+    is above ``max_surprise`` bits are cut too (Mirostat; inf for none). Only ``typical_p`` can cut the likeliest."""
 
     temperature: Tensor
     top_k: Tensor
@@ -165,7 +165,8 @@ def truncate(weights: Tensor, cut: Truncation, total: Tensor | None) -> tuple[Te
 
     enough = torch.where(cut.top_p < 1, cut.top_p * total, math.inf)
     is_cut = cumulative - kept >= enough[:, None]
-    is_cut |= kept < torch.maximum(cut.min_p, total * torch.exp2(-cut.max_surprise))[:, None]
+    rarest = (cut.max_surprise.double() * -math.log(2)).exp()  # exp2 would round a row's value by its place in the batch
+    is_cut |= kept < torch.maximum(cut.min_p, total * rarest)[:, None]
     is_cut |= kept <= 0
     is_cut[:, 0] = False
     is_whole = is_cut[:, -1] | (cut.top_k > 0)

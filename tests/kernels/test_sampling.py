@@ -349,6 +349,18 @@ def test_big_rows_draw_the_same_in_any_company(size: int) -> None:
     check_that_rows_are_alone(various_rows(size, 11), cuts, 11, alone=[1, 4, 7, 14, 22, 24])
 
 
+def test_a_surprise_at_the_bound_has_the_same_fate_in_any_company() -> None:
+    """Weights within an ulp or two of max_surprise's threshold are cut alike in a batch and alone."""
+    bounds = torch.rand(64, generator=torch.Generator().manual_seed(3)) * 12
+    nearest = torch.pow(2.0, -bounds.double()).float()[:, None]
+    weights = torch.cat([torch.ones(64, 1), nearest * (1 + torch.arange(3, -4, -1) * 2.0**-23)], dim=1)
+    cuts = truncation([Cut(max_surprise=bound) for bound in bounds.tolist()])
+    together, _ = truncate(weights, cuts, torch.ones(64))
+    for row in range(64):
+        one = torch.tensor([row])
+        assert torch.equal(truncate(weights[one], cuts.rows(one), torch.ones(1))[0], together[one])
+
+
 # Extremes
 
 
