@@ -134,7 +134,7 @@ def draw_truncated(x: Tensor, highest: Tensor, cut: Truncation, draws: Tensor, *
     total = _total(_weigh(x, highest, cut.temperature))
     kept, is_whole = truncate(weights, cut, total)
     tokens, surprise = _draw_kept(kept, ids, draws)
-    while len(rest := (~is_whole).nonzero()[:, 0]):
+    while count < x.shape[1] and len(rest := (~is_whole).nonzero()[:, 0]):
         count *= _MORE
         logits, ids = top_candidates(x[rest], count)
         weights = _weigh(logits, highest[rest], cut.temperature[rest])
@@ -202,7 +202,7 @@ def _draw_kept(kept: Tensor, ids: Tensor, draws: Tensor) -> tuple[Tensor, Tensor
 
 def _invert(cumulative: Tensor, targets: Tensor) -> Tensor:
     """[R] the first entry whose cumulative weight is above the target; the last with any weight where rounding would
-    point past it."""
+    point past it. A row of NaN gets some entry: it must not take the others with it."""
     picked = torch.searchsorted(cumulative, targets[:, None], right=True)
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
-    return torch.minimum(picked, last)[:, 0]
+    return torch.minimum(picked, last)[:, 0].clamp_(max=cumulative.shape[1] - 1)

@@ -361,6 +361,21 @@ def test_a_surprise_at_the_bound_has_the_same_fate_in_any_company() -> None:
         assert torch.equal(truncate(weights[one], cuts.rows(one), torch.ones(1))[0], together[one])
 
 
+@pytest.mark.parametrize("cut", [Cut(), Cut(top_k=5), Cut(top_p=0.9), Cut(min_p=0.1, typical_p=0.5), Cut(max_surprise=3.0)])
+@pytest.mark.parametrize("broken", [math.nan, -math.inf, math.inf])
+def test_rows_that_are_not_numbers_spoil_no_other(cut: Cut, broken: float) -> None:
+    """Rows without a finite maximum get some entry of the workspace, in finite time, and the others what they get alone."""
+    logits = random_logits(4, 300, 8)
+    logits[1], logits[2, 7:] = -math.inf, broken
+    values = torch.tensor([0.1, 0.5, LAST, 0.9], dtype=torch.float64)
+    together = draws_of(logits, [cut] * 4, values, 8)
+    for row in (0, 3):
+        one = slice(row, row + 1)
+        assert draws_of(logits[one], [cut], values[one], 8) == [together[row]]
+    width = workspace(1, 300, "cpu").shape[1]
+    assert all(0 <= token < width and 0 <= plain < width for token, _, plain in together)
+
+
 # Extremes
 
 
