@@ -43,7 +43,7 @@ def workspace(num_rows: int, vocab_size: int, device: torch.device | str) -> Ten
 
 def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """(values, ids) [R] of the first largest entry of each row of logits [R, V]; NaN counts as largest."""
-    rows, vocab_size = logits.shape
+    vocab_size = logits.shape[1]
     whole = vocab_size - vocab_size % _BLOCK
     if whole == 0:
         values, ids = logits.max(dim=-1)
@@ -74,15 +74,13 @@ def top_candidates(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _best_blocks(maxima: Tensor, count: int) -> Tensor:
     """Blocks [R, count] in ascending order. Sorting stably prefers the lowest among equals, which topk does not promise."""
-    order: Tensor = torch.sort(maxima, dim=-1, descending=True, stable=True).indices
-    chosen: Tensor = order[:, :count].sort(dim=-1).values
-    return chosen
+    return torch.sort(maxima, dim=-1, descending=True, stable=True).indices[:, :count].sort(dim=-1).values
 
 
 def _take_blocks(x: Tensor, chosen: Tensor, size: int) -> Tensor:
     rows, count = chosen.shape
     if x.stride(0) == 0:  # the same for every row
-        return x[0].view(-1, size).index_select(0, chosen.view(-1)).view(rows, count * size)
+        return x[0].view(-1, size)[chosen].view(rows, -1)
     num_blocks = x.shape[1] // size
     flat = chosen + torch.arange(rows, device=x.device)[:, None] * num_blocks
     return x.reshape(-1, size).index_select(0, flat.view(-1)).view(rows, count * size)
@@ -90,14 +88,7 @@ def _take_blocks(x: Tensor, chosen: Tensor, size: int) -> Tensor:
 
 def log_sum_exp(x: Tensor, highest: Tensor) -> Tensor:
     """[R] of workspace rows whose maxima are ``highest``; the rows are used up."""
-    x.sub_(highest[:, None]).exp_()
-    return _row_sums(x).log_().add_(highest)
-
-
-def _row_sums(x: Tensor) -> Tensor:
-    """[R] of workspace rows, block by block: so a row's sum is the same in every batch."""
-    sums: Tensor = x.unflatten(1, (-1, _BLOCK)).sum(dim=-1).sum(dim=-1)
-    return sums
+    return _total(x.sub_(highest[:, None]).exp_()).log_().add_(highest)
 
 
 def draw(x: Tensor, highest: Tensor, temperature: Tensor, draws: Tensor) -> Tensor:
@@ -115,8 +106,8 @@ def draw(x: Tensor, highest: Tensor, temperature: Tensor, draws: Tensor) -> Tens
 class Truncation(NamedTuple):
     """How each row's distribution is cut, all [R]: the ``top_k`` likeliest (0 for all), of them the fewest that reach
     ``top_p``, of them those of at least ``min_p`` times the likeliest; of what is left, the fewest that are nearest to the
-    expected surprise and reach ``typical_p`` (arXiv:2202.00666): transformers' order. Tokens whose surprise is above
-    ``max_surprise`` bits are cut too (Mirostat; inf for none). The likeliest always stays."""
+    expected surprise and reach ``typical_p`` (arXiv:2202.00666): transformers' order. Before that, tokens whose surprise
+    is above ``max_surprise`` bits are cut too (Mirostat; inf for none). Only ``typical_p`` can cut the likeliest."""
 
     temperature: Tensor
     top_k: Tensor
@@ -130,25 +121,36 @@ class Truncation(NamedTuple):
 
 
 def draw_truncated(x: Tensor, highest: Tensor, cut: Truncation, draws: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
-    """(token ids, their surprise in bits) [R], drawn from what ``cut`` leaves of workspace rows, which are used up.
+    """(token ids, their surprise in bits) [R], drawn from what ``cut`` leaves of workspace rows, which stay as they are.
 
     The ``count`` likeliest are looked at first, which must be at least every top_k; then more, for the rows where they may
-    not be all that is left. What a row draws does not depend on ``count``.
+    not be all that is left. What a row draws does not depend on ``count``: candidates are always in the order of their
+    logits, since different logits may have equal weights.
     """
-    weights, ids = top_candidates(x, count)
-    weights.sub_(highest[:, None]).div_(cut.temperature[:, None]).exp_()
+    logits, ids = top_candidates(x, count)
+    weights = _weigh(logits, highest, cut.temperature)
     if bool((cut.top_k > 0).all()):
         return _draw_kept(truncate(weights, cut, None)[0], ids, draws)
-    x.sub_(highest[:, None]).div_(cut.temperature[:, None]).exp_()
-    total = _row_sums(x)
+    total = _total(_weigh(x, highest, cut.temperature))
     kept, is_whole = truncate(weights, cut, total)
     tokens, surprise = _draw_kept(kept, ids, draws)
-    while len(rest := (~is_whole).nonzero()[:, 0]):
+    while count < x.shape[1] and len(rest := (~is_whole).nonzero()[:, 0]):
         count *= _MORE
-        weights, ids = top_candidates(x[rest], count)
+        logits, ids = top_candidates(x[rest], count)
+        weights = _weigh(logits, highest[rest], cut.temperature[rest])
         kept, is_whole[rest] = truncate(weights, cut.rows(rest), total[rest])
         tokens[rest], surprise[rest] = _draw_kept(kept, ids, draws[rest])
     return tokens, surprise
+
+
+def _total(weights: Tensor) -> Tensor:
+    """[R], added up in an order that depends on nothing but the width."""
+    blocks: Tensor = weights.unflatten(1, (-1, _BLOCK))
+    return blocks.sum(dim=-1).sum(dim=-1)
+
+
+def _weigh(logits: Tensor, highest: Tensor, temperature: Tensor) -> Tensor:
+    return (logits - highest[:, None]).div_(temperature[:, None]).exp_()
 
 
 def truncate(weights: Tensor, cut: Truncation, total: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -163,7 +165,8 @@ def truncate(weights: Tensor, cut: Truncation, total: Tensor | None) -> tuple[Te
 
     enough = torch.where(cut.top_p < 1, cut.top_p * total, math.inf)
     is_cut = cumulative - kept >= enough[:, None]
-    is_cut |= kept < torch.maximum(cut.min_p, total * torch.exp2(-cut.max_surprise))[:, None]
+    rarest = (cut.max_surprise.double() * -math.log(2)).exp()  # exp2 would round a row's value by its place in the batch
+    is_cut |= kept < torch.maximum(cut.min_p, total * rarest)[:, None]
     is_cut |= kept <= 0
     is_cut[:, 0] = False
     is_whole = is_cut[:, -1] | (cut.top_k > 0)
@@ -199,7 +202,7 @@ def _draw_kept(kept: Tensor, ids: Tensor, draws: Tensor) -> tuple[Tensor, Tensor
 
 def _invert(cumulative: Tensor, targets: Tensor) -> Tensor:
     """[R] the first entry whose cumulative weight is above the target; the last with any weight where rounding would
-    point past it."""
+    point past it. A row of NaN gets some entry: it must not take the others with it."""
     picked = torch.searchsorted(cumulative, targets[:, None], right=True)
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
-    return torch.minimum(picked, last)[:, 0]
+    return torch.minimum(picked, last)[:, 0].clamp_(max=cumulative.shape[1] - 1)
