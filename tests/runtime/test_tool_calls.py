@@ -305,6 +305,14 @@ def is_call(body: str) -> bool:
     return names[0] != "" and not any("\ud800" <= character <= "\udfff" for character in names[0])
 
 
+def is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
 MUTATIONS = st.lists(
     st.tuples(st.integers(0, 200), st.sampled_from(['"', "\\", "{", "}", "[", ",", ":", "0", "-", ".", "e", "x", "\n", ""])),
     max_size=2,
@@ -320,10 +328,9 @@ def test_calls_are_strict_json(call: WrittenCall, mutations: list[tuple[int, str
     for where, character in mutations:
         where %= len(body)
         body = body[:where] + character + body[where + 1 :]
-    text, calls = parse(HERMES, [f"<tool_call>{body}</tool_call>"])
-    assert (text == "" and len(calls) == 1) == is_call(body)
-    if text == "":
-        json.loads(calls[0][1])
+    # The control character ends a string that a mutation has left open.
+    text, calls = parse(HERMES, [f"<tool_call>{body}</tool_call>\x00"])
+    assert (text == "\x00" and all(is_json(arguments) for _, arguments in calls)) == is_call(body)
 
 
 @pytest.mark.parametrize(
