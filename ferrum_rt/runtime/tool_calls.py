@@ -85,8 +85,8 @@ def tool_constraint(
 ) -> ResponseFormat | None:
     """The grammar of an output that is one or more calls (of a named function: exactly one) with arguments as their schemas
     say; None where ``choice`` leaves it to the model. ``token_ids`` are those of ``tool_format.markers`` that are single
-    tokens. The grammar is as long as the tools. Raises RequestValidationError, naming tools or tool_choice, where they do not
-    fit together or a schema is not one of an object."""
+    tokens. The grammar is as long as the tools. Raises RequestValidationError, naming tools or tool_choice, where they do
+    not fit together or a schema is not one of an object."""
     if choice in ("none", "auto"):
         return None
     allowed = [tool for tool in tools if not isinstance(choice, NamedTool) or tool.function.name == choice.function.name]
