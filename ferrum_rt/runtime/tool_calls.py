@@ -75,26 +75,29 @@ def detect_format(chat_template_source: str) -> ToolFormat | None:
 # A model could write white space for ever; this leaves it what it has learned, with a space after a sign or without one.
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 
+# Where only one text can follow, llguidance would insist on the tokens that the tokenizer makes of it; with the name of a
+# special token in that text, it insists on the special token and then refuses it.
+_OPTIONS = {"no_forcing": True}
+
 
 def tool_constraint(
     tool_format: ToolFormat, tools: Sequence[Tool], choice: ToolChoice, token_ids: Mapping[str, int]
 ) -> ResponseFormat | None:
     """The grammar of an output that is one or more calls (of a named function: exactly one) with arguments as their schemas
-    say; None where ``choice`` leaves it to the model. ``token_ids`` are those of ``tool_format.markers`` that are special
+    say; None where ``choice`` leaves it to the model. ``token_ids`` are those of ``tool_format.markers`` that are single
     tokens. The grammar is as long as the tools. Raises RequestValidationError, naming tools or tool_choice, where they do
     not fit together or a schema is not one of an object."""
     if choice in ("none", "auto"):
         return None
-    is_named = isinstance(choice, NamedTool)
     allowed = [tool for tool in tools if not isinstance(choice, NamedTool) or tool.function.name == choice.function.name]
     if not allowed:
         fault = f"names {choice.function.name!r}" if isinstance(choice, NamedTool) else f"is {choice!r}"
         raise RequestValidationError(f"tool_choice {fault}, but there is no such function in tools")
-    allowed = allowed[:1] if is_named else allowed
     begin = ("" if tool_format.is_bare else tool_format.marker) + tool_format.opening
     between = f"{tool_format.closing}\n{begin}" if tool_format.separator is None else tool_format.separator
-    more = [] if is_named else ["(", *_lark(between, token_ids), "call", ")*"]
+    more = [] if isinstance(choice, NamedTool) else ["(", *_lark(between, token_ids), "call", ")*"]
     rules = [
+        ["%llguidance", json.dumps(_OPTIONS)],
         ["start:", *_lark(begin, token_ids), "call", *more, *_lark(tool_format.closing, token_ids)],
         ["call:", " | ".join(f"call_{index}" for index in range(len(allowed)))],
     ]
@@ -106,7 +109,7 @@ def tool_constraint(
 
 
 def _lark(text: str, token_ids: Mapping[str, int]) -> Iterator[str]:
-    """The text in llguidance's Lark: strings, and special tokens by their id."""
+    """The text in llguidance's Lark: strings, and markers that are single tokens by their id."""
     names = "|".join(map(re.escape, token_ids))
     for piece in re.split(f"({names})", text) if names else [text]:
         if piece:

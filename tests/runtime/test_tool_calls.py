@@ -134,10 +134,10 @@ TEXTS = st.lists(
 
 
 @st.composite
-def written_outputs(draw: st.DrawFn, tool_format: ToolFormat) -> list[str | WrittenCall]:
+def written_outputs(draw: st.DrawFn, tool_format: ToolFormat, max_turns: int = 3) -> list[str | WrittenCall]:
     """Text, and calls with the frames around them (as text that is to be dropped), in turns."""
     parts: list[str | WrittenCall] = []
-    for _ in range(draw(st.integers(0, 3))):
+    for _ in range(draw(st.integers(0, max_turns))):
         text = draw(TEXTS.filter(lambda text: tool_format.marker not in text))
         has_marker = not tool_format.is_bare or bool(parts) or draw(st.booleans())
         if tool_format.is_bare:  # after a call such text goes on with the calls; before one it is the beginning of one
@@ -220,7 +220,7 @@ def test_calls_come_back_however_cut(tool_format: ToolFormat, data: st.DataObjec
 def test_cut_off_anywhere(tool_format: ToolFormat, data: st.DataObject) -> None:
     """Wherever an output ends, what went out is all of its text; of the call that it ends in, the arguments as far as they
     came, or before they begin, what was written of it as text. Nothing comes later than it could."""
-    parts = data.draw(written_outputs(tool_format))
+    parts = data.draw(written_outputs(tool_format, max_turns=1))
     parser = ToolCallParser(tool_format)
     text, deltas, start = "", list[ToolCallDelta](), 0
     before_text, before_calls = "", list[tuple[str, str]]()
@@ -305,6 +305,14 @@ def is_call(body: str) -> bool:
     return names[0] != "" and not any("\ud800" <= character <= "\udfff" for character in names[0])
 
 
+def is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
 MUTATIONS = st.lists(
     st.tuples(st.integers(0, 200), st.sampled_from(['"', "\\", "{", "}", "[", ",", ":", "0", "-", ".", "e", "x", "\n", ""])),
     max_size=2,
@@ -320,10 +328,9 @@ def test_calls_are_strict_json(call: WrittenCall, mutations: list[tuple[int, str
     for where, character in mutations:
         where %= len(body)
         body = body[:where] + character + body[where + 1 :]
-    text, calls = parse(HERMES, [f"<tool_call>{body}</tool_call>"])
-    assert (text == "" and len(calls) == 1) == is_call(body)
-    if text == "":
-        json.loads(calls[0][1])
+    # The control character ends a string that a mutation has left open.
+    text, calls = parse(HERMES, [f"<tool_call>{body}</tool_call>\x00"])
+    assert (text == "\x00" and all(is_json(arguments) for _, arguments in calls)) == is_call(body)
 
 
 @pytest.mark.parametrize(
@@ -396,6 +403,34 @@ def test_no_calls(tool_format: ToolFormat, source: str) -> None:
 def test_broken_off_calls(source: str, text: str, calls: list[tuple[str, str]]) -> None:
     """From where a call breaks off all is text again, until the next call, even if the one before was not closed."""
     assert parse(HERMES, [source]) == parse(HERMES, list(source)) == (text, calls)
+
+
+# fmt: off
+WRONG_LEXEMES = [
+    "-", "01", "1.", ".5", "1e", "1e+", "+1", "1.e1", "--1", "1-", "t", "tru", "truth", "nul", "falsey", "None", "NaN",
+    r'"\x"', r'"\u"', r'"\u1"', r'"\u12"', r'"\u123"', r'"\u123g"', '"\t"', "'a'",
+    "{1: 2}", '{"a"}', '{"a":}', "{,}", "[,]", "[1,]", "[1 2]", "[1:2]", "[}",
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("lexeme", WRONG_LEXEMES)
+def test_lexemes_that_are_not_json(lexeme: str) -> None:
+    """Numbers, words and strings are held to the letter of JSON, whatever follows them."""
+    for after in (' , "name": "f"}', ',"name":"f"}', "}"):
+        source = f'<tool_call>{{"arguments": {{}}, "x": {lexeme}{after}</tool_call>'
+        assert parse(HERMES, [source]) == (source, [])
+
+
+@pytest.mark.parametrize(
+    "lexeme", ["-0", "0.50e-10", "120", "1E+9", "true", "false", "null", r'"\u00Ea\/\b"', "[ ]", "{ }", "[[], 1]"]
+)
+def test_lexemes_of_json(lexeme: str) -> None:
+    """All that JSON has may stand in a call."""
+    assert parse(HERMES, [f'<tool_call>{{"arguments": {{"x":{lexeme}}}, "name": "f"}}</tool_call>']) == (
+        "",
+        [("f", f'{{"x":{lexeme}}}')],
+    )
 
 
 def nested(depth: int) -> str:

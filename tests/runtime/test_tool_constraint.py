@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import jsonschema  # type: ignore[import-untyped]
 import numpy
@@ -33,10 +34,15 @@ WEATHER = {
     "additionalProperties": False,
     "$defs": {"point": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 9}, "maxItems": 3}},
 }
-NOTE = {"anyOf": [{"properties": {"a": {"type": "boolean"}}}, {"properties": {"b": {"const": "</tool_call>"}}}]}
+NOTE = {
+    "anyOf": [
+        {"properties": {"a": {"type": "boolean"}}, "additionalProperties": False},
+        {"properties": {"b": {"const": "</tool_call>"}}, "additionalProperties": False},
+    ]
+}
 TOOLS = [
     Tool(function=ToolFunction(name="get_weather", parameters=WEATHER)),
-    Tool(function=ToolFunction(name='get "é🙂"', parameters={**NOTE, "additionalProperties": False})),
+    Tool(function=ToolFunction(name='get "é🙂"', parameters=NOTE)),
     Tool(function=ToolFunction(name="get_time")),
 ]
 SCHEMAS = {tool.function.name: tool.function.parameters or {"maxProperties": 0} for tool in TOOLS}
@@ -44,12 +50,14 @@ EVERY_MARKER = [marker for tool_format in FORMATS.values() for marker in tool_fo
 
 
 class Vocabulary:
-    """The demo model's tokenizer, with the markers as special tokens or without them, and llguidance's view of it."""
+    """The demo model's tokenizer, and llguidance's view of it. The markers are special tokens, or tokens that were
+    added but are not special (as Qwen's are), or none."""
 
-    def __init__(self, *, has_markers: bool) -> None:
+    def __init__(self, markers: Literal["special", "added", "plain"]) -> None:
         self.rust = RustTokenizer.from_file(str(DEMO / "tokenizer.json"))
-        if has_markers:
-            self.rust.add_special_tokens([AddedToken(marker, special=True, normalized=False) for marker in EVERY_MARKER])
+        if markers != "plain":
+            is_special = markers == "special"
+            self.rust.add_tokens([AddedToken(text, special=is_special, normalized=False) for text in EVERY_MARKER])
         self.guide = LLTokenizer(self.rust.to_str())
         self.marker_ids = {
             marker: token_id for marker in EVERY_MARKER if (token_id := self.rust.token_to_id(marker)) is not None
@@ -91,9 +99,9 @@ class Vocabulary:
         return bool(matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting())
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["special", "plain"])
+@pytest.fixture(scope="module", params=["special", "added", "plain"])
 def vocabulary(request: pytest.FixtureRequest) -> Vocabulary:
-    return Vocabulary(has_markers=request.param)
+    return Vocabulary(request.param)
 
 
 def named(name: str) -> NamedTool:
@@ -104,7 +112,7 @@ def named(name: str) -> NamedTool:
 @pytest.mark.parametrize("choice", ["required", *map(named, SCHEMAS)], ids=["required", *"abc"])
 def test_constrained_outputs_are_calls(vocabulary: Vocabulary, tool_format: ToolFormat, choice: ToolChoice) -> None:
     """Whatever a model writes under the constraint is nothing but calls of the functions, with arguments as their schemas
-    say; of a named function exactly one. The markers are the special tokens where the model has such."""
+    say; of a named function exactly one. The markers are single tokens where the model has such."""
     definition = vocabulary.constraint(tool_format, choice)
     rng = random.Random(0)
     counts = set()
@@ -144,8 +152,12 @@ def test_constraint_allows_what_models_write(vocabulary: Vocabulary) -> None:
         first.replace(', "where": [1, 2]', ""),
         second.replace("{}", '{"a": 1}'),
         second.replace("}}", "}"),
+        second.replace("{}", "{ }"),
+        first.replace(", ", ",  "),
     ):
         assert not vocabulary.allows(hermes, f"<tool_call>\n{source}\n</tool_call>")
+    other = '{"name": "get \\"é🙂\\"", "arguments": {"a": true}}'
+    assert vocabulary.allows(hermes, f"<tool_call>\n{other}\n</tool_call>")
     llama = vocabulary.constraint(LLAMA, "required")
     assert vocabulary.allows(llama, f"{first}; {second}".replace("arguments", "parameters"))
     mistral = vocabulary.constraint(MISTRAL, "required")
@@ -181,7 +193,7 @@ def test_choices_that_cannot_be(tools: list[Tool], choice: ToolChoice, message: 
 def test_parameters_are_objects_whatever_they_say() -> None:
     """A schema that would let arguments be something else lets them be objects alone."""
     tools = [Tool(function=ToolFunction(name="f", parameters={"type": ["object", "null"]}))]
-    vocabulary = Vocabulary(has_markers=True)
+    vocabulary = Vocabulary("special")
     definition = vocabulary.constraint(HERMES, "required", tools)
     assert vocabulary.allows(definition, '<tool_call>\n{"name": "f", "arguments": {"a":1}}\n</tool_call>')
     assert not vocabulary.allows(definition, '<tool_call>\n{"name": "f", "arguments": null}\n</tool_call>')
