@@ -148,8 +148,7 @@ def _source(response_format: ResponseFormat) -> str:
 
 
 def _schema_source(schema: dict[str, Any]) -> str:
-    options = {"whitespace_pattern": grammar_limits.WHITESPACE}
-    named = {"name": "schema", "json_schema": {**schema, "x-guidance": options}}
+    named = {"name": "schema", "json_schema": {**schema, "x-guidance": grammar_limits.JSON_OPTIONS}}
     return json.dumps({"grammars": [{"lark_grammar": "start: @schema" + _OPTIONS}, named]})
 
 

@@ -1,9 +1,9 @@
 """What a response_format may be, before llguidance sees it.
 
 llguidance bounds most of its work by fuel (see ``grammar.LIMITS``). What it does not bound is refused here, on the text
-alone: recursion as deep as the definition wants (the end of the stack is the end of the process), schemas whose intersections
-grow exponentially, and automata for multiples, for patterns that must hold together and for patterns of property names, which
-are built before any fuel is counted. Nothing here recurses on what has not been found shallow.
+alone: recursion as deep as the definition wants (the end of the stack is the end of the process), schemas whose
+intersections grow exponentially, and automata for multiples, for patterns that must hold together and for patterns of
+property names, which are built before any fuel is counted. Nothing here recurses on what has not been found shallow.
 """
 
 import json
@@ -39,14 +39,13 @@ MAX_PATTERNS_TOGETHER = 8
 # States of the automata that count remainders.
 MAX_MULTIPLES = 10_000
 
-WHITESPACE = r" {1,2}|\n[ \t]{0,32}"
-"""What may stand between the parts of JSON: bounded, because a model at temperature 1 can choose whitespace for ever."""
+JSON_OPTIONS = {"whitespace_pattern": r" {1,2}|\n[ \t]{0,32}", "json_allowed_escapes": 'nrbtf\\"'}
+"""What llguidance takes as ``x-guidance`` of a schema. Whitespace is bounded, because a model at temperature 1 can choose it
+for ever. No \\u: an additional property could be given the name of another with it, and so get round that one's schema."""
 
 # What llguidance does not count among the constraints.
-_ANNOTATIONS = frozenset(
-    ("$anchor", "$comment", "$defs", "$id", "$schema", "contentEncoding", "contentMediaType", "default", "definitions")
-    + ("description", "examples", "id", "readOnly", "title", "writeOnly", "x-guidance")
-)
+_ANNOTATIONS = {"$anchor", "$comment", "$defs", "$id", "$schema", "contentEncoding", "contentMediaType", "default"}
+_ANNOTATIONS |= {"definitions", "description", "examples", "id", "readOnly", "title", "writeOnly", "x-guidance"}
 _IN_PLACE = ("$ref", "allOf", "anyOf", "oneOf", "const", "enum")
 _MAPS = ("properties", "patternProperties")
 _LISTS = ("prefixItems", "items")
@@ -113,7 +112,7 @@ def read_lark(text: str) -> str:
         elif found[0] == "%":
             value, end = _json_at(text, end)
             if found == "%json" and isinstance(value, dict):
-                value = {"x-guidance": {"whitespace_pattern": WHITESPACE}} | read_schema(value)
+                value = {"x-guidance": JSON_OPTIONS} | read_schema(value)
             pieces.append(" " + json.dumps(value))
         elif found in "[](){}:~":
             levels += 2 if found in ":~" else 1
