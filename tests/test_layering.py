@@ -35,7 +35,7 @@ RUNTIME_ORDER = (
     ("generation", "resolve", "loader", "tokenizer", "detokenizer", "tool_calls"),
     ("engine",),
     ("scheduler", "executor"),
-    ("pages", "sequence", "models", "sampler"),
+    ("pages", "sequence", "models", "sampler", "grammar"),
 )
 PURE = ("ferrum_rt.runtime.scheduler", "ferrum_rt.runtime.pages", "ferrum_rt.runtime.sequence")
 
@@ -124,7 +124,7 @@ def test_scheduler_and_pages_are_pure(module: str) -> None:
 
 
 def test_runtime_imports_one_way() -> None:
-    """Inside runtime: runtime → tasks → engine → scheduler, executor → pages, sequence, models, sampler."""
+    """Inside runtime: runtime → tasks → engine → scheduler, executor → pages, sequence, models, sampler, grammar."""
     line_of = {f"ferrum_rt.runtime.{name}": index for index, line in enumerate(RUNTIME_ORDER) for name in line}
     assert set(line_of) <= set(MODULES), "a module was renamed: change RUNTIME_ORDER"
     for module in MODULES:
