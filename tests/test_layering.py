@@ -33,6 +33,9 @@ LAYERS = {
 RUNTIME_ORDER = (
     ("runtime",),
     ("generation", "resolve", "loader", "tokenizer", "detokenizer"),
+    ("chat_template",),
+    ("template_guard",),
+    ("template_budget",),
     ("engine",),
     ("scheduler", "executor"),
     ("pages", "sequence", "models", "sampler"),
