@@ -32,10 +32,16 @@ LAYERS = {
 # Inside runtime a module never reaches one of a line above its own; the scheduler and the executor never each other.
 RUNTIME_ORDER = (
     ("runtime",),
-    ("generation", "resolve", "loader", "tokenizer", "detokenizer", "tool_calls"),
+    ("generation", "resolve"),
+    ("loader", "output_text"),
+    ("tokenizer", "grammar"),
+    ("chat_template", "special_tokens", "detokenizer", "tool_calls", "grammar_limits"),
+    ("template_guard", "token_bytes"),
+    ("template_budget",),
     ("engine",),
     ("scheduler", "executor"),
-    ("pages", "sequence", "models", "sampler", "grammar"),
+    ("pages", "sequence", "models", "sampler"),
+    ("processors",),
 )
 PURE = ("ferrum_rt.runtime.scheduler", "ferrum_rt.runtime.pages", "ferrum_rt.runtime.sequence")
 
