@@ -98,7 +98,7 @@ class SampledToken(msgspec.Struct, frozen=True, gc=False):
 class LogitsProcessor(Protocol[T_contra]):
     """A caller's own change to one sequence's logits before anything is drawn from them."""
 
-    def apply(self, token_ids: Sequence[TokenId], logits: T_contra) -> Any:
+    def apply(self, token_ids: list[TokenId], logits: T_contra) -> Any:
         """The new logits [vocabulary], given those of the model (float32, a copy: it may be changed in place) and all the
         tokens so far. Called in the executor's thread; what it raises fails its own request."""
         ...

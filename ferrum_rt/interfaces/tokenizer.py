@@ -10,11 +10,12 @@ from ferrum_rt.interfaces.types import ChatMessage, SpecialTokens, TokenId, Tool
 
 
 class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of a tokenizer; ``vocab_size`` counts added tokens too."""
+    """What is known of a tokenizer; ``vocab_size`` counts added tokens too, ``chat_template`` is the
+    source of the model's."""
 
     vocab_size: int
     special_tokens: SpecialTokens
-    has_chat_template: bool
+    chat_template: str | None
 
 
 class IncrementalTokenizer(Protocol):

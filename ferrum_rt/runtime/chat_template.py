@@ -42,7 +42,7 @@ class ChatTemplate:
             raise TokenizerError(f"{origin}: the chat template is longer than {MAX_TEMPLATE} characters")
         self._environment = GuardedEnvironment({"tojson": _to_json}, [loopcontrols, _Generation])
         self._environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-        self._special_tokens = dict(special_tokens)
+        self.source, self._special_tokens = source, dict(special_tokens)
         try:
             self._template = self._environment.template(source)
         except Exception as error:  # beside jinja2's own, what Python says to the code that comes of it

@@ -27,13 +27,14 @@ from ferrum_rt.interfaces.types import DataType, Device, ModelId, ModelInfo, Mod
 from ferrum_rt.kernels.batch import KvPages, allocate_pages
 from ferrum_rt.kernels.cpu import CpuOps
 from ferrum_rt.runtime.executor import DecoderExecutor
+from ferrum_rt.runtime.grammar import LlGrammarCompiler
 from ferrum_rt.runtime.models.decoder import Decoder, load_weights
 from ferrum_rt.runtime.models.families import DecoderSpec, parse_config
 from ferrum_rt.runtime.models.weights import CheckpointReader, DummyReader
 from ferrum_rt.runtime.progress import loading_bar
 from ferrum_rt.runtime.sampler import BatchSampler
 from ferrum_rt.runtime.tokenizer import HfTokenizerFactory
-from ferrum_rt.runtime.tool_calls import ToolFormat
+from ferrum_rt.runtime.tool_calls import ToolFormat, detect_format
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
 
@@ -83,11 +84,18 @@ def load_model(config: EngineConfig) -> LoadedModel:
     tokenizer = _load_tokenizer(directory, config, spec, eos)
     if tokenizer is not None:
         eos = eos or tokenizer.info.special_tokens.eos
+    defaults = _sampling_defaults(generation_path, generation)
+    grammars, tool_format = None, None
+    if tokenizer is not None:
+        grammars = LlGrammarCompiler(directory / "tokenizer.json", spec.vocab_size, eos)
+        tool_format = detect_format(tokenizer.info.chat_template or "")
     return LoadedModel(
         executor=_build_executor(directory, config, raw, spec),
         tokenizer=tokenizer,
         eos_token_ids=frozenset(eos),
-        defaults=_sampling_defaults(generation_path, generation),
+        defaults=defaults,
+        grammars=grammars,
+        tool_format=tool_format,
     )
 
 

@@ -26,7 +26,7 @@ class HfTokenizer:
         self.info = TokenizerInfo(
             vocab_size=rust.get_vocab_size(with_added_tokens=True),
             special_tokens=special_tokens,
-            has_chat_template=template is not None,
+            chat_template=None if template is None else template.source,
         )
 
     def encode_batch(

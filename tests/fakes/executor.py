@@ -207,7 +207,7 @@ class FakeExecutor:
 class ByteTokenizer:
     """Token i is the byte i; EOS ends a text, and reads "<eos>" where special tokens are not skipped."""
 
-    info = TokenizerInfo(vocab_size=VOCAB_SIZE, special_tokens=SpecialTokens(eos=(EOS,)), has_chat_template=True)
+    info = TokenizerInfo(vocab_size=VOCAB_SIZE, special_tokens=SpecialTokens(eos=(EOS,)), chat_template="fake")
 
     def encode_batch(
         self, texts: Sequence[str], *, add_special_tokens: bool, parse_special_tokens: bool = False

@@ -125,7 +125,7 @@ def test_info(tokenizer: HfTokenizer) -> None:
     """The tokenizer's size, special tokens and chat template are reported."""
     assert tokenizer.info.vocab_size == VOCAB_SIZE
     assert tokenizer.info.special_tokens == SpecialTokens(bos=TokenId(BOS), eos=(TokenId(EOS),), pad=TokenId(PAD))
-    assert tokenizer.info.has_chat_template
+    assert tokenizer.info.chat_template is not None
 
 
 def test_end_tokens_of_the_model_go_first(directory: Path) -> None:
@@ -156,7 +156,7 @@ def test_tokenizer_alone(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").unlink()
     tokenizer = HfTokenizerFactory().load(tmp_path)
     assert tokenizer.info.special_tokens == SpecialTokens()
-    assert not tokenizer.info.has_chat_template
+    assert tokenizer.info.chat_template is None
 
 
 # -- chat templates -------------------------------------------------------------------------------------------------------
@@ -187,13 +187,13 @@ def test_several_templates(tmp_path: Path) -> None:
     useless: list[Any] = [[tool_use], [{"name": "default"}], [{}], ["default"], [], 5, None]
     for templates in useless:
         edit_config(tmp_path, chat_template=templates)
-        assert not HfTokenizerFactory().load(tmp_path).info.has_chat_template
+        assert HfTokenizerFactory().load(tmp_path).info.chat_template is None
 
 
 def test_no_template(tmp_path: Path) -> None:
     """Chat with a model that has no template is refused, and the message says what to send instead."""
     tokenizer = HfTokenizerFactory().load(save_tokenizer(tmp_path, chat_template=None))
-    assert not tokenizer.info.has_chat_template
+    assert tokenizer.info.chat_template is None
     with pytest.raises(RequestValidationError, match=r"prompt: .* no chat template; send text or token ids"):
         tokenizer.encode_chat(MESSAGES)
 
