@@ -40,7 +40,7 @@ def parameters(vocab_size: int) -> dict[str, dict[str, Any]]:
         "repetition_penalty": 1.1,
         "presence_penalty": 0.5,
         "frequency_penalty": 0.5,
-        "logit_bias": {token: 1.0 for token in some[:100]},
+        "logit_bias": dict.fromkeys(some[:100], 1.0),
         "allowed_token_ids": list(range(vocab_size - 10)),
         "bad_words": [some[at : at + 3] for at in range(100, 164)],
         "min_tokens": 10_000,

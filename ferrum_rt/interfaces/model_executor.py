@@ -12,7 +12,7 @@ from ferrum_rt.interfaces.types import MemoryUsage, ModelInfo, RequestId, TokenI
 class PrefillInput(msgspec.Struct):
     """Known tokens of one sequence, to stand at positions ``start``, ``start + 1``, …; the last of them is sampled from
     if ``sample`` is set (a chunk in the middle of a prompt is not). With ``num_scores`` the tokens after the chunk's
-    first are scored, and beside each the ``num_scores`` likeliest; so is ``token_after``, the prompt's next, if it has one."""
+    first are scored, and beside each the ``num_scores`` likeliest; so is ``token_after``, the prompt's next token."""
 
     slot: int
     token_ids: list[TokenId]

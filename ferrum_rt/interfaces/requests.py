@@ -204,7 +204,9 @@ def _check_tools(request: InferenceRequest) -> None:
     if params.response_format is not None and params.response_format.type != "text":
         raise RequestValidationError("tool_choice: a call that is required cannot have a response_format; drop one")
     if params.ignore_eos or params.min_tokens:
-        raise RequestValidationError("tool_choice: a required call says where the output ends; drop ignore_eos and min_tokens")
+        raise RequestValidationError(
+            "tool_choice: a required call says where the output ends; drop ignore_eos and min_tokens"
+        )
 
 
 def _checked_prompt(prompt: Any) -> str | list[int] | list[ChatMessage]:

@@ -48,16 +48,12 @@ class SamplingConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def changes_logits(self) -> bool:
         """Whether anything happens to the logits before a token is drawn."""
-        return (
-            self.uses_history or bool(self.logit_bias) or self.allowed_token_ids is not None or self.min_tokens > 0
-        )
+        return self.uses_history or bool(self.logit_bias) or self.allowed_token_ids is not None or self.min_tokens > 0
 
     @property
     def truncates(self) -> bool:
         """Whether only a part of the vocabulary is drawn from."""
-        return (
-            self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.typical_p < 1 or self.mirostat is not None
-        )
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.typical_p < 1 or self.mirostat is not None
 
 
 class SequenceHistory(msgspec.Struct, frozen=True, kw_only=True):

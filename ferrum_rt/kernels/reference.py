@@ -77,7 +77,9 @@ class ReferenceOps:
         append(layer, kv, kv_slots)
 
     def copy_kv(self, layer: KvLayer[Tensor], sources: Tensor, targets: Tensor) -> None:
-        data = layer.data.view(torch.int8) if layer.data.dtype == torch.float8_e4m3fn else layer.data  # no index_copy_ for it
+        data = (
+            layer.data.view(torch.int8) if layer.data.dtype == torch.float8_e4m3fn else layer.data
+        )  # no index_copy_ for it
         data[targets] = data[sources]
         if layer.scales is not None:
             layer.scales[targets] = layer.scales[sources]

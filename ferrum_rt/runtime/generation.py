@@ -8,6 +8,7 @@ import msgspec
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from ferrum_rt.interfaces.errors import FerrumError
+from ferrum_rt.interfaces.responses import assemble
 from ferrum_rt.interfaces.sampler import TokenScores
 from ferrum_rt.interfaces.scheduler import SequenceUpdate
 from ferrum_rt.interfaces.tokenizer import Tokenizer
@@ -22,7 +23,6 @@ from ferrum_rt.interfaces.types import (
     TokenLogprobs,
 )
 from ferrum_rt.runtime.output_text import OutputText, TokenOffsets
-from ferrum_rt.interfaces.responses import assemble
 from ferrum_rt.runtime.tool_calls import ToolCallParser, ToolFormat
 
 # Chunks of each output that can still come after a request was parked: of the steps in flight, committed and on their way.

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ferrum_rt.interfaces.errors import FerrumError, RequestValidationError
+from ferrum_rt.interfaces.errors import BackendError, FerrumError, RequestValidationError
 from ferrum_rt.interfaces.grammar import GrammarMatcher
 from ferrum_rt.interfaces.sampler import LogitsProcessor, SamplingConfig, SamplingContext, SequenceHistory
 from ferrum_rt.interfaces.types import TokenId
@@ -38,7 +40,7 @@ class _Slot:
     bias: tuple[Tensor, Tensor] | None = None
     ends: Tensor | None = None
     words: Tensor | None = None
-    allowed: Tensor | None = None
+    allowed: NDArray[np.uint8] | None = None
     matcher: GrammarMatcher | None = None
     unseen: list[TokenId] = field(default_factory=list)
     error: FerrumError | None = None
@@ -55,6 +57,7 @@ class Processors:
         self._slots = [_Slot(SamplingConfig()) for _ in range(num_slots)]
         self._history = torch.zeros((num_slots, max_model_len), dtype=torch.int64, device=device)
         self._masks = torch.full((num_slots, (vocab_size + 31) // 32 * 4), ALL_BITS, dtype=torch.uint8)
+        self._mask_bytes = self._masks.numpy()  # the same memory
         self._table = bit_table(device)
         self._thread: ThreadPoolExecutor | None = None
         self._masks_written: Future[None] | None = None
@@ -62,7 +65,7 @@ class Processors:
     def assign(self, slot: int, config: SamplingConfig, history: SequenceHistory) -> None:
         """The slot's rows follow ``config`` from now on."""
         if self._slots[slot].allowed is not None or self._slots[slot].matcher is not None:
-            self._masks[slot] = ALL_BITS
+            self._mask_bytes[slot] = ALL_BITS
         state = self._slots[slot] = _Slot(config, history.num_prompt_tokens)
         if not config.changes_logits:
             return
@@ -78,7 +81,8 @@ class Processors:
             state.words = self._tensor(words)
         if config.allowed_token_ids is not None:
             ids = torch.tensor(config.allowed_token_ids, dtype=torch.int64)
-            state.allowed = self._masks[slot] = mask_of(ids, self._masks.shape[1])
+            state.allowed = mask_of(ids, self._masks.shape[1]).numpy()
+            self._mask_bytes[slot] = state.allowed
         if config.grammar is not None:
             state.matcher = config.grammar.start()
             state.unseen = list(history.token_ids[history.num_prompt_tokens :])
@@ -137,11 +141,13 @@ class Processors:
                 for token in state.unseen:
                     state.matcher.advance(token)
                 state.unseen.clear()
-                state.matcher.write_mask(self._masks[slot].numpy().data)
+                state.matcher.write_mask(self._mask_bytes[slot].data)
             except FerrumError as error:
                 state.error = error
+            except Exception as error:  # whatever it is, it is one request's
+                state.error = BackendError(f"the grammar of this request's output failed: {error!r}")
             if state.allowed is not None:
-                self._masks[slot] &= state.allowed
+                self._mask_bytes[slot] &= state.allowed
 
     # -- after --------------------------------------------------------------------------------------------------------
 

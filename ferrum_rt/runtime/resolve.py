@@ -59,7 +59,9 @@ def has_text(request: InferenceRequest) -> bool:
 def is_constrained(request: InferenceRequest) -> bool:
     """Whether the output must have a form that ``compile_grammar`` is to be asked for."""
     given = request.sampling_params.response_format
-    return (given is not None and given.type != "text") or (bool(request.tools) and request.tool_choice not in ("none", "auto"))
+    return (given is not None and given.type != "text") or (
+        bool(request.tools) and request.tool_choice not in ("none", "auto")
+    )
 
 
 def compile_grammar(request: InferenceRequest, model: LoadedModel) -> Grammar:

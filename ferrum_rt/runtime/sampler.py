@@ -23,7 +23,6 @@ from ferrum_rt.kernels.sampling import (
 )
 from ferrum_rt.runtime.processors import Processors
 
-
 GREEDY_BELOW = 1e-5
 """Temperatures too small to divide by."""
 

@@ -30,7 +30,7 @@ def watch_pages(engine: Runtime, monkeypatch: pytest.MonkeyPatch) -> list[Reques
     def checked(plan: BatchPlan, output: StepOutput) -> list[SequenceUpdate]:
         updates = commit(plan, output)
         engine._cache.verify()
-        assert not set(cancelled) & set(engine._cache._handles)
+        assert not set(cancelled) & {handle.request_id for handle in engine._cache._handles}
         return updates
 
     monkeypatch.setattr(engine._scheduler, "commit", checked)

@@ -81,7 +81,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "min_p": {"temperature": 1.0, "min_p": 0.05, "seed": 4},
     "typical_p": {"temperature": 1.0, "typical_p": 0.5, "seed": 5},
     "mirostat": {"temperature": 1.0, "mirostat": Mirostat(tau=3.0), "seed": 6},
-    "penalties": {"temperature": 1.0, "repetition_penalty": 1.5, "presence_penalty": 1.0, "frequency_penalty": 1.0, "seed": 7},
+    "penalties": {
+        "temperature": 1.0,
+        "repetition_penalty": 1.5,
+        "presence_penalty": 1.0,
+        "frequency_penalty": 1.0,
+        "seed": 7,
+    },
     "greedy with bias": {"logit_bias": {3: 50.0}},
     "allowed": {"temperature": 5.0, "allowed_token_ids": [1, 2, 299], "seed": 8},
     "bad words": {"temperature": 1.0, "bad_words": [[5], [1, 2]], "seed": 9},
@@ -160,9 +166,7 @@ def test_a_sequence_goes_on_where_it_was(name: str) -> None:
     logits = [random_logits(1, seed) for seed in range(6)]
     unbroken = [step[0] for step in run([config], logits)]
     drawn = [item.token_id for item in unbroken[:3] if item.token_id is not None]
-    history = SequenceHistory(
-        token_ids=[*ids(1, 2, 3, 1), *drawn], num_prompt_tokens=4, mirostat_mu=unbroken[2].mirostat_mu
-    )
+    history = SequenceHistory(token_ids=[*ids(1, 2, 3, 1), *drawn], num_prompt_tokens=4, mirostat_mu=unbroken[2].mirostat_mu)
     assert [step[0] for step in run([config], logits[3:], history)] == unbroken[3:]
 
 

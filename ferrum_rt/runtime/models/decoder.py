@@ -154,7 +154,8 @@ class _Loader:
 
 
 class Decoder:
-    """Runs batches of up to ``max_tokens`` tokens, and gives logits for up to ``max_rows`` of them at a time, in buffers of its own."""
+    """Runs batches of up to ``max_tokens`` tokens, and gives logits for up to ``max_rows`` of them at a time, in buffers of
+    its own."""
 
     def __init__(
         self,
