@@ -163,7 +163,7 @@ def _printf(budget: Budget, text: Any, *args: Any, **kwargs: Any) -> int:
     """A value may be shown as often as there are signs, and with a star any number may be a width."""
     text, values = str(text), (*args, *kwargs.values())
     starred: int = text.count("*") * sum(_number(value) for value in values)
-    return text.count("%") * budget.sizes(values, {}) + starred + _written_numbers(text)
+    return int(text.count("%")) * budget.sizes(values, {}) + starred + _written_numbers(text)
 
 
 def _formatted(budget: Budget, text: str, *args: Any, **kwargs: Any) -> int:

@@ -24,7 +24,7 @@ from tests.runtime.chat_templates import (
     user,
 )
 
-Peer = Callable[[str, list[dict[str, Any]], list[dict[str, Any]] | None], str | None]
+Peer = Callable[[str, Any, Any], str | None]
 
 
 def template(source: str) -> ChatTemplate:
@@ -106,30 +106,25 @@ def test_messages_that_nest_too_deeply() -> None:
     deep: dict[str, Any] = {}
     for _ in range(5000):
         deep = {"a": deep}
-    with pytest.raises(RequestValidationError, match="^prompt: "):
+    with pytest.raises(RequestValidationError, match=r"^prompt: "):
         render("x", tools=[tool("f", **deep)])
-    with pytest.raises(RequestValidationError, match="^prompt: "):
+    with pytest.raises(RequestValidationError, match=r"^prompt: "):
         render("x", [assistant("", f='{"a":' * 5000 + "1" + "}" * 5000)])
 
 
-@pytest.mark.parametrize(
-    "source", ["{{ x", "{% for a in b %}", "{{ a | no_such_filter }}", "{{ 9" + "9" * 5000 + " }}", "(" * 5]
-)
+@pytest.mark.parametrize("source", ["{{ x", "{% for a in b %}", "{{ a | no_such_filter }}", "{{ 9" + "9" * 5000 + " }}"])
 def test_what_is_no_template(source: str) -> None:
-    """Whatever cannot be compiled is a TokenizerError that names the file; text without code is a template."""
-    if "{" not in source:
-        assert render(source) == source
-        return
-    with pytest.raises(TokenizerError, match="^here: the chat template is not valid jinja2: "):
+    """Whatever cannot be compiled is a TokenizerError that names the file."""
+    with pytest.raises(TokenizerError, match=r"^here: the chat template is not valid jinja2: "):
         template(source)
 
 
-def test_template_without_end_in_its_source() -> None:
-    """A template of more than the longest known many times over is refused before it is parsed; deep nesting is an error."""
+def test_source_without_end() -> None:
+    """A template much longer than the longest in use is refused before it is parsed; one too deep for Python is an error."""
     assert render("a" * MAX_TEMPLATE) == "a" * MAX_TEMPLATE
-    with pytest.raises(TokenizerError, match="^here: the chat template is longer than"):
+    with pytest.raises(TokenizerError, match=r"^here: the chat template is longer than"):
         template("a" * (MAX_TEMPLATE + 1))
-    with pytest.raises(TokenizerError, match="^here: the chat template is not valid"):
+    with pytest.raises(TokenizerError, match=r"^here: the chat template is not valid"):
         template("{{ " + "(" * 30_000 + "1" + ")" * 30_000 + " }}")
 
 
@@ -146,7 +141,7 @@ def peer() -> Peer:
     rust = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=rust, **SPECIAL_TOKENS)
 
-    def render_peer(source: str, turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str | None:
+    def render_peer(source: str, turns: Any, tools: Any) -> str | None:
         try:
             prompt = tokenizer.apply_chat_template(
                 turns, tools=tools, chat_template=source, tokenize=False, add_generation_prompt=True
@@ -219,15 +214,16 @@ def test_what_is_refused() -> None:
         "{{ _('x') }}",
         "{{ undefined | upper }}{{ undefined | length }}{{ undefined in [1] }}{{ 1 in undefined }}",
         "{% autoescape true %}{{ '<' }}{{ messages[0].role ~ '&' }}{{ messages[0].role | safe ~ '<' }}{% endautoescape %}",
-        "{{ '<'|e + '<' }}{{ ('%s'|safe) % '<' }}{{ ('{}'|safe).format('<') }}{{ ','|safe|join }}{{ (','|safe).join(['<', '>']) }}",
-        "{{ [[1, 2], [3]] | sum(start=[]) }}{{ [3, 1] | sort(reverse=true) }}{{ ['b', 'A'] | sort }}{{ [1, 1] | unique | list }}",
-        "{{ 'a b' | wordwrap(1) }}{{ '<b>x</b>' | striptags }}{{ 'http://a.b' | urlize }}{{ [1] | pprint }}{{ {'a': 1} | xmlattr }}",
-        "{{ 'a\nb' | indent(2, true) }}{{ 'a\nb' | indent('> ') }}{{ 'abcd' | truncate(3, true, '', 0) }}{{ 1.55 | round(1) }}",
+        "{{ '<'|e + '<' }}{{ ('%s'|safe) % '<' }}{{ ('{}'|safe).format('<') }}{{ ','|safe|join }}",
+        "{{ (','|safe).join(['<', '>']) }}{{ {'a': 1} | xmlattr }}{{ [1, 1] | unique | list }}{{ 1.55 | round(1) }}",
+        "{{ [[1, 2], [3]] | sum(start=[]) }}{{ [3, 1] | sort(reverse=true) }}{{ ['b', 'A'] | sort }}",
+        "{{ 'a b' | wordwrap(1) }}{{ '<b>x</b>' | striptags }}{{ 'http://a.b' | urlize }}{{ [1] | pprint }}",
+        "{{ 'a\nb' | indent(2, true) }}{{ 'a\nb' | indent('> ') }}{{ 'abcd' | truncate(3, true, '', 0) }}",
         "{{ range(7) | slice(3) | list }}{{ range(5) | batch(2, 'x') | list }}{{ 'abc' | list }}{{ 'abc' | reverse }}",
         "{{ 'a.b.c'.rpartition('.') }}{{ 'aXb'.split('X', maxsplit=1) }}{{ 'a b'.rsplit(none, 1) }}{{ 'xax'.strip('x') }}",
         "{% set c = cycler('a', 'b') %}{{ c.next() }}{{ c.next() }}{{ c.current }}{% set j = joiner() %}{{ j() }}{{ j() }}",
         "{% for a, b in {'x': 1, 'y': 2}.items() if b > 1 %}{{ a }}{{ loop.length }}{% else %}none{% endfor %}",
-        "{% set a, b = 1, 2 %}{{ (a, b) }}{{ [a, [b]] }}{{ {'a': a, b: 'b'} }}{{ a is eq(1) }}{{ a is in([1]) }}{{ 2 is even }}",
+        "{% set a, b = 1, 2 %}{{ (a, b) }}{{ [a, [b]] }}{{ {'a': a, b: 'b'} }}{{ a is eq(1) }}{{ a is in([1]) }}",
     ],
 )
 def test_corners_equal_transformers(peer: Peer, source: str) -> None:
@@ -254,7 +250,7 @@ def doubling(start: str, double: str, then: str = "{{ ns.x }}") -> str:
 
 HOSTILE = {
     "loops in loops": f"{LOOP}{{% if a == 0.5 %}}x{{% endif %}}{END}",
-    "loops that select nothing": "{% for a in range(100000) %}{% for b in range(100000) if b < 0 %}x{% endfor %}{% endfor %}",
+    "loops that select nothing": f"{LOOP[:-3]} if b < 0 %}}x{END}",
     "loops with output": f"{LOOP}x{{{{ a }}}}{END}",
     "loops with text": f"{LOOP}{'x' * 50_000}{END}",
     "loops in a set block": f"{{% set x %}}{LOOP}{'x' * 50_000}{END}{{% endset %}}",
@@ -264,7 +260,8 @@ HOSTILE = {
     "recursive loop": "{% for a in [1] recursive %}{{ loop([a, a]) }}{% endfor %}",
     "recursive loop that doubles": "{% set d=namespace(n=0) %}{% for a in [25] recursive %}"
     "{% if a > 0 %}{{ loop([a - 1, a - 1]) }}{% endif %}{% endfor %}",
-    "macro that calls itself twice": "{% macro m(n) %}{% if n > 0 %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    "macro that calls itself twice": "{% macro m(n) %}{% if n > 0 %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}"
+    "{{ m(60) }}",
     "macro without end": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "macros by turns": "{% macro a(f) %}{{ f(f) }}{% endmacro %}{{ a(a) }}",
     "block without end": "{% block b %}{{ self.b() }}{% endblock %}",
@@ -339,6 +336,10 @@ HOSTILE = {
     "selection": "{% for i in range(1000) %}{{ range(100000) | select('odd') | list | length }}{% endfor %}",
     "selection of nothing": "{% for i in range(1000) %}{{ range(100000) | reject('number') | list }}{% endfor %}",
     "paths of attributes": "{{ range(100000) | map(attribute='real.' * 10000 ~ 'real') | list }}",
+    "paths of attributes, one by one": "{{ range(100000) | map('int') | selectattr('real.' * 10000 ~ 'real') | list }}",
+    "many attributes": "{{ range(100000) | sort(attribute='real,' * 10000 ~ 'real') }}",
+    "paths in a format": "{{ ('{0.real' ~ '.real' * 2000000 ~ '}').format(1) }}",
+    "count": "{% for i in range(100000) %}{{ range(100000).count('x') }}{% endfor %}",
     "equal hashes": "{{ range(0, 100000 * (2**61 - 1), 2**61 - 1) | unique | list }}",
     "keys of equal hashes": "{{ dict.fromkeys(range(0, 100000 * (2**61 - 1), 2**61 - 1)) }}",
     "time": "{{ strftime_now('%c' * 1000000) }}",
@@ -364,14 +365,14 @@ def test_hostile(name: str) -> None:
     """The request fails within a second of the thread's time, and the next one is served."""
     hostile = template(HOSTILE[name])
     start = time.thread_time()
-    with pytest.raises(RequestValidationError, match="^prompt: the model's chat template"):
+    with pytest.raises(RequestValidationError, match=r"^prompt: the model's chat template"):
         hostile.render([user("Hi")])
     assert time.thread_time() - start < 1
     assert render(TEMPLATES["zephyr"]) == "<|user|>\nHi</s>\n<|assistant|>\n"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in HOSTILE if "loops" not in name])
+@pytest.mark.parametrize("name", [name for name, source in HOSTILE.items() if "big" in source or "ns.x" in source])
 def test_memory_of_the_hostile(name: str) -> None:
     """Until it fails, a render takes less than 200 MB."""
     hostile = template(HOSTILE[name])
