@@ -1,7 +1,6 @@
 """What one render of a chat template may spend, and what the things that templates do cost at the most."""
 
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -11,19 +10,19 @@ import jinja2
 # Seconds of the rendering thread's own time, so that a host that holds the GIL fails no request. A conversation of 100 turns
 # takes some milliseconds.
 MAX_SECONDS = 0.5
-# What a render may read and make, in bytes; strings that it drops again count too. A megabyte of messages needs about ten.
-MAX_BYTES = 128 << 20
-# The least that anything costs, in bytes: about what an object takes, and what is read in the time of a step.
-STEP = 64
+# What a render may read and make, in characters, which take one to four bytes; texts that it drops again count too. For a
+# megabyte of messages it is a few million.
+MAX_CHARACTERS = 32 << 20
+# What a step costs, and an object beside its characters: about its memory, and what is read in the time of a step.
+STEP = 16
 # The clock is looked at each time so much has been spent: often enough to stop in time, seldom enough not to be seen.
-LOOK_EVERY = 1 << 16
+LOOK_EVERY = 1 << 14
 # A value written out in full, with what it holds several times counted so often: lists of lists double with each step.
-MAX_VALUE_BYTES = 16 << 20
+MAX_VALUE = 4 << 20
 # Levels of values in values, and of calls in calls. Python crashes on hashing a tuple of very many levels.
 MAX_DEPTH = 100
 # Arithmetic on longer numbers takes longer than a step.
 MAX_INTEGER_BITS = 1024
-
 
 CONTAINERS: tuple[Any, ...] = (list, tuple, dict, range, type({}.keys()), type({}.values()), type({}.items()))
 
@@ -33,12 +32,12 @@ class TemplateLimitError(jinja2.TemplateRuntimeError):
 
 
 class Budget:
-    """What one render may still spend, in bytes."""
+    """What one render may still spend, in characters."""
 
     def __init__(self) -> None:
         self.num_calls = 0
-        self._left = MAX_BYTES
-        self._look_at = MAX_BYTES - LOOK_EVERY
+        self._left = MAX_CHARACTERS
+        self._look_at = MAX_CHARACTERS - LOOK_EVERY
         self._deadline = time.thread_time() + MAX_SECONDS
         # Values by id, with size and depth; a template cannot change them. Holding them keeps their ids theirs.
         self._measured: dict[int, tuple[Any, int, int]] = {}
@@ -47,37 +46,38 @@ class Budget:
         self._left -= cost
         if self._left < self._look_at:
             if self._left < 0:
-                raise TemplateLimitError(f"it handles more than {MAX_BYTES} bytes")
+                raise TemplateLimitError(f"it handles more than {MAX_CHARACTERS} characters")
             if time.thread_time() > self._deadline:
                 raise TemplateLimitError(f"it takes more than {MAX_SECONDS} s")
             self._look_at = self._left - LOOK_EVERY
 
     def size(self, value: Any) -> int:
-        """Bytes of a value written out in full, roughly."""
-        return sys.getsizeof(value) if isinstance(value, str) else self.measure(value)[0]
+        """Characters of a value written out in full, roughly."""
+        return len(value) if isinstance(value, str) else self.measure(value)[0]
+
+    def sizes(self, args: Iterable[Any], kwargs: Mapping[str, Any]) -> int:
+        return sum([self.size(value) for value in (*args, *kwargs.values())])
 
     def measure(self, value: Any, room: int = MAX_DEPTH) -> tuple[int, int]:
-        """Size and depth of a value that may be ``room`` deep."""
-        if isinstance(value, str):
-            return sys.getsizeof(value), 0
+        """Size and depth of a value that may be ``room`` deep; of a string, a number or a thing unknown, 0 deep."""
         if not isinstance(value, CONTAINERS):
-            return STEP, 0
+            return len(value) if isinstance(value, str) else STEP, 0
         known = self._measured.get(id(value))
         if known is None:
-            self.spend(STEP * len(value))
-            size, depth = shallow_size(value), 0
+            size, depth = STEP * (1 + len(value)), 0
+            self.spend(size)
             for part in _parts(value) if room else ():
-                part_size, part_depth = self.measure(part, room - 1)
-                size, depth = size + part_size, max(depth, part_depth)
+                if isinstance(part, str):
+                    size += len(part)
+                elif isinstance(part, CONTAINERS):
+                    part_size, part_depth = self.measure(part, room - 1)
+                    size, depth = size + part_size, max(depth, part_depth)
             known = self._measured[id(value)] = (value, size, depth + 1)
-        if known[1] > MAX_VALUE_BYTES:
-            raise TemplateLimitError(f"it makes a value of more than {MAX_VALUE_BYTES} bytes")
+        if known[1] > MAX_VALUE:
+            raise TemplateLimitError(f"it makes a value of more than {MAX_VALUE} characters")
         if known[2] > room:
             raise TemplateLimitError(f"it nests values more than {MAX_DEPTH} deep")
         return known[1:]
-
-    def sizes(self, args: Iterable[Any], kwargs: Mapping[str, Any]) -> int:
-        return sum(self.size(value) for value in (*args, *kwargs.values()))
 
     def walk(self, items: Iterator[Any], each: int) -> Iterator[Any]:
         """The items, paid for as they come."""
@@ -87,9 +87,9 @@ class Budget:
 
 
 def shallow_size(value: Any) -> int:
-    """Bytes of a value without what it holds."""
+    """Size of a value without what it holds."""
     if isinstance(value, str):
-        return sys.getsizeof(value)
+        return len(value)
     return STEP * len(value) if hasattr(type(value), "__len__") else STEP
 
 
@@ -102,14 +102,14 @@ def _parts(value: Any) -> Iterable[Any]:
 
 def operator_cost(budget: Budget, operator: str, left: Any, right: Any) -> int:
     if operator == "+":
-        return shallow_size(left) + shallow_size(right)
+        return STEP + shallow_size(left) + shallow_size(right)
     if operator == "%" and isinstance(left, str):
         values = right if isinstance(right, tuple) else (right,)
-        return shallow_size(left) + budget.sizes(values, {}) + _printf(budget, left, *values)
+        return STEP + len(left) + budget.sizes(values, {}) + _printf(budget, left, *values)
     if operator == "*":
         repeated, times = (right, left) if isinstance(left, int) else (left, right)
         if isinstance(times, int) and not isinstance(repeated, int):
-            return shallow_size(repeated) * max(1, times)
+            return STEP + shallow_size(repeated) * max(0, times)
     if operator == "**" and isinstance(left, int) and isinstance(right, int):
         check_bits(int(left).bit_length() * int(right))
     return STEP
@@ -117,18 +117,14 @@ def operator_cost(budget: Budget, operator: str, left: Any, right: Any) -> int:
 
 def method_cost(budget: Budget, method: str, text: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """Of a string's methods."""
-    estimate = _METHOD_COSTS.get(method, _nothing)
-    return shallow_size(text) + budget.sizes(args, kwargs) + estimate(budget, text, *args, **kwargs)
+    cost = len(text) + (budget.sizes(args, kwargs) if args or kwargs else 0)
+    multiplied = _METHOD_COSTS.get(method)
+    return cost + multiplied(budget, text, *args, **kwargs) if multiplied else cost
 
 
 def keys_cost(args: tuple[Any, ...]) -> int:
     """Of making a dict: keys can be chosen so that each is compared with all the others."""
     return sum(shallow_size(arg) + len(arg) ** 2 for arg in args if hasattr(arg, "__len__") and not isinstance(arg, dict))
-
-
-def filter_cost(name: str) -> Callable[..., int]:
-    """What a filter multiplies; called with the budget and what the filter is given."""
-    return _FILTER_COSTS.get(name, _nothing)
 
 
 def check_bits(num_bits: int) -> None:
@@ -139,16 +135,12 @@ def check_bits(num_bits: int) -> None:
 # -- how much an operation multiplies; the parameters are the operation's own ----------------------------------------------
 
 
-def _nothing(budget: Budget, *args: Any, **kwargs: Any) -> int:
-    return 0
-
-
 def _number(value: Any) -> int:
     return max(0, value) if isinstance(value, int) else 0
 
 
 def _padded(budget: Budget, text: Any, width: Any = 80, fill: Any = " ") -> int:
-    return 4 * _number(width)
+    return _number(width)
 
 
 def _indented(budget: Budget, text: Any, width: Any = 4, first: Any = False, blank: Any = False) -> int:
@@ -156,7 +148,7 @@ def _indented(budget: Budget, text: Any, width: Any = 4, first: Any = False, bla
 
 
 def _replaced(budget: Budget, text: Any, old: Any, new: Any, count: Any = None) -> int:
-    return str(text).count(str(old)) * budget.size(new)
+    return int(str(text).count(str(old)) * budget.size(new))
 
 
 def _joined(budget: Budget, items: Any, separator: Any = "", attribute: Any = None) -> int:
@@ -170,14 +162,15 @@ def _joining(budget: Budget, separator: str, items: Any) -> int:
 def _printf(budget: Budget, text: Any, *args: Any, **kwargs: Any) -> int:
     """A value may be shown as often as there are signs, and with a star any number may be a width."""
     text, values = str(text), (*args, *kwargs.values())
-    starred = text.count("*") * sum(_number(value) for value in values)
-    return text.count("%") * budget.sizes(values, {}) + 4 * (starred + _written_numbers(text))
+    starred: int = text.count("*") * sum(_number(value) for value in values)
+    return int(text.count("%")) * budget.sizes(values, {}) + starred + _written_numbers(text)
 
 
 def _formatted(budget: Budget, text: str, *args: Any, **kwargs: Any) -> int:
     if re.search(r"\{[^{}]*\{", text.replace("{{", "")):
         raise TemplateLimitError("it formats to a width that is itself a field")
-    return text.count("{") * budget.sizes(args, kwargs) + 4 * _written_numbers(text)
+    looked_up = STEP * (text.count(".") + text.count("["))
+    return text.count("{") * budget.sizes(args, kwargs) + looked_up + _written_numbers(text)
 
 
 def _written_numbers(text: str) -> int:
@@ -195,7 +188,7 @@ def _from_the_right(budget: Budget, text: str, sep: Any = None, *args: Any, **kw
 
 
 def _split(budget: Budget, text: str, sep: Any = None, maxsplit: Any = -1) -> int:
-    return 2 * STEP * text.count(sep) if isinstance(sep, str) and sep else STEP * len(text)
+    return STEP * (1 + text.count(sep)) if isinstance(sep, str) and sep else STEP * len(text)
 
 
 def _characters(budget: Budget, text: Any, *args: Any, **kwargs: Any) -> int:
@@ -239,7 +232,7 @@ def _json(
     return size // STEP * each
 
 
-_FILTER_COSTS: dict[str, Callable[..., int]] = {
+FILTER_COSTS: dict[str, Callable[..., int]] = {
     "batch": _grouped,
     "center": _padded,
     "format": _printf,

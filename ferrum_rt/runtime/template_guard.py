@@ -6,7 +6,6 @@ no process, thread or signal is needed. What jinja2 does not ask the environment
 is made to pay by a change to the template's syntax tree.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,12 +19,12 @@ from jinja2.visitor import NodeTransformer
 
 from ferrum_rt.runtime.template_budget import (
     CONTAINERS,
+    FILTER_COSTS,
     MAX_DEPTH,
     STEP,
     Budget,
     TemplateLimitError,
     check_bits,
-    filter_cost,
     keys_cost,
     method_cost,
     operator_cost,
@@ -34,7 +33,9 @@ from ferrum_rt.runtime.template_budget import (
 
 # Names that hold a space cannot be said in a template.
 _BUDGET = "ferrum budget"
-_PAY, _COPIED, _MADE, _READ, _CONCAT = (f"ferrum {name}" for name in ("pay", "copied", "made", "read", "concat"))
+_PAY, _COPIED, _MADE, _READ, _CONCAT, _ADD = (
+    f"ferrum {name}" for name in ("pay", "copied", "made", "read", "concat", "add")
+)
 # Filters that take one look, whatever they are given.
 _FREE = {"abs", "attr", "count", "d", "default", "first", "last", "length", "random"}
 # Those that do not look into the items of what they are given, and those that do so at once, for an iterator too.
@@ -47,6 +48,10 @@ _DEEP_TESTS = {
 }
 
 
+# Keyword arguments of a call that the template does not give.
+_ADDED_BY_JINJA = ("_loop_vars", "_block_vars")
+
+
 class GuardedEnvironment(ImmutableSandboxedEnvironment):
     """The sandbox, with a budget for each render. Templates may be shared by threads."""
 
@@ -57,7 +62,7 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, optimized=False, finalize=_shown)
         del self.globals["lipsum"]
         self.globals |= {"dict": _Dict(), "namespace": _Namespace}
-        own = {_PAY: _pay, _COPIED: _copied, _MADE: _made, _READ: _read, _CONCAT: _concat}
+        own = {_PAY: _pay, _COPIED: _copied, _MADE: _made, _READ: _read, _CONCAT: _concat, _ADD: _add}
         self.filters = {name: _guarded(name, function) for name, function in {**self.filters, **filters}.items()} | own
         self.tests |= {name: _guarded_test(name, self.tests[name]) for name in _DEEP_TESTS}
 
@@ -86,8 +91,9 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
         budget = _budget(context)
         subject = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)  # str.format is wrapped by jinja2
         if isinstance(subject, (str, _Dict)) or isinstance(obj, _Dict):
-            args = tuple(list(arg) if isinstance(arg, Iterator) else arg for arg in args)
-        budget.spend(STEP + _call_cost(budget, obj, subject, args, _named(kwargs)))
+            args = tuple([list(arg) if isinstance(arg, Iterator) else arg for arg in args])
+        named = {name: value for name, value in kwargs.items() if name not in _ADDED_BY_JINJA} if kwargs else kwargs
+        budget.spend(STEP + _call_cost(budget, obj, subject, args, named))
         if budget.num_calls == MAX_DEPTH:
             raise TemplateLimitError(f"it nests calls more than {MAX_DEPTH} deep")
         budget.num_calls += 1
@@ -166,6 +172,16 @@ class _Paying(NodeTransformer):
         self.generic_visit(node)
         return _filtered(nodes.Tuple(node.nodes, "load", lineno=node.lineno), _CONCAT)
 
+    def visit_Add(self, node: nodes.Add) -> nodes.Node:  # noqa: N802
+        """A chain of additions at once: it is how most templates put a turn together."""
+        operands: list[nodes.Expr] = []
+        left: nodes.Expr = node
+        while isinstance(left, nodes.Add):
+            operands.insert(0, self.visit(left.right))
+            left = left.left
+        operands.insert(0, self.visit(left))
+        return _filtered(nodes.Tuple(operands, "load", lineno=node.lineno), _ADD)
+
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:  # noqa: N802
         """Equality with a constant costs nothing; whether a value is in another, what the test of that name does."""
         self.generic_visit(node)
@@ -185,10 +201,11 @@ def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
 
 
 def _payment(body: list[nodes.Node], lineno: int) -> nodes.Filter:
+    """For a body's nodes, and for its text as ``_shown`` does."""
     cost = STEP
     for child in body:
-        cost += STEP // 8 * sum(1 for _ in child.find_all(nodes.Node))
-        cost += 2 * sum(sys.getsizeof(text.data) for text in child.find_all(nodes.TemplateData))
+        cost += sum(1 for _ in child.find_all(nodes.Node))
+        cost += 2 * sum(len(text.data) for text in child.find_all(nodes.TemplateData))
     return _filtered(nodes.Const(cost, lineno=lineno), _PAY)
 
 
@@ -202,7 +219,7 @@ def _budget(context: Context) -> Budget:
 
 @pass_context
 def _pay(context: Context, cost: int) -> bool:
-    _budget(context).spend(max(STEP, cost))
+    _budget(context).spend(cost if cost > STEP else STEP)
     return True
 
 
@@ -210,7 +227,8 @@ def _pay(context: Context, cost: int) -> bool:
 def _shown(context: Context, value: Any) -> Any:
     """What is printed: paid for as itself and as part of the prompt."""
     budget = _budget(context)
-    budget.spend((12 if context.eval_ctx.autoescape else 2) * budget.size(value))
+    size = len(value) if isinstance(value, str) else budget.measure(value)[0]
+    budget.spend((12 if context.eval_ctx.autoescape else 2) * size)
     return value
 
 
@@ -235,34 +253,53 @@ def _made(context: Context, value: Any) -> Any:
 @pass_context
 def _concat(context: Context, parts: tuple[Any, ...]) -> str:
     budget = _budget(context)
-    cost = sum(budget.size(part) for part in parts)
+    cost = sum([budget.size(part) for part in parts])
     budget.spend(cost)
     joined = (markup_join if context.eval_ctx.autoescape else str_join)(parts)
     _checked(budget, joined, cost)
     return joined
 
 
+@pass_context
+def _add(context: Context, parts: tuple[Any, ...]) -> Any:
+    cost = STEP
+    for part in parts:
+        if type(part) is not str:
+            break
+        cost += len(part)
+    else:
+        _budget(context).spend(cost)
+        return "".join(parts)
+    environment: Any = context.environment
+    total = parts[0]
+    for part in parts[1:]:
+        total = environment.call_binop(context, "+", total, part)
+    return total
+
+
 def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter that pays for what it reads, for what it makes, and beyond for what it multiplies."""
     if name in _FREE:
         return function
-    multiplied, is_lazy, is_gathering = filter_cost(name), name in _LAZY, name in _GATHERING
+    multiplied, is_lazy, is_gathering = FILTER_COSTS.get(name), name in _LAZY, name in _GATHERING
+    needs_context = hasattr(function, "jinja_pass_arg")
 
     @pass_context
     def guarded(context: Context, value: Any, /, *args: Any, **kwargs: Any) -> Any:
         budget = _budget(context)
-        each, num_items = STEP, 1
+        each, num_items = 8 * STEP if is_gathering else STEP, 1
         if args or kwargs:
-            # A path of attributes takes a step for each part, for each item.
+            # Each part of a path of attributes is a step, for each item.
             paths = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, str)]
-            each += budget.sizes(args, kwargs) + STEP * sum(path.count(".") for path in paths)
-        if is_gathering and isinstance(value, Iterator):
-            value = list(value)
-        if (is_lazy or is_gathering) and isinstance(value, _SIZED):
-            num_items = len(value)
+            each += budget.sizes(args, kwargs) + STEP * sum([path.count(".") + path.count(",") for path in paths])
+        if is_lazy or is_gathering:
+            if not isinstance(value, str) and isinstance(value, Iterator):
+                value = list(value) if is_gathering else budget.walk(value, each)
+            if isinstance(value, _SIZED):
+                num_items = len(value)
         read = shallow_size(value) if is_lazy else budget.size(value)
-        budget.spend(read + each * num_items + multiplied(budget, value, *args, **kwargs))
-        result = context.call(function, value, *args, **kwargs)
+        budget.spend(read + each * num_items + (multiplied(budget, value, *args, **kwargs) if multiplied else 0))
+        result = context.call(function, value, *args, **kwargs) if needs_context else function(value, *args, **kwargs)
         if isinstance(result, str) or not isinstance(result, Iterator):
             return _checked(budget, result)
         return budget.walk(result, each)
@@ -276,7 +313,7 @@ def _guarded_test(name: str, test: Any) -> Callable[..., bool]:
         budget = _budget(context)
         if name == "in" and isinstance(value, str) and args and isinstance(args[0], CONTAINERS):
             # A dict is asked by hash; the items of others are compared with a string, which takes no look inside.
-            budget.spend(shallow_size(value) + (STEP if isinstance(args[0], dict) else shallow_size(args[0])))
+            budget.spend(len(value) + (STEP if isinstance(args[0], dict) else shallow_size(args[0])))
         else:
             budget.spend(budget.size(value) + budget.sizes(args, {}))
         return bool(test(value, *args))
@@ -287,17 +324,13 @@ def _guarded_test(name: str, test: Any) -> Callable[..., bool]:
 def _checked(budget: Budget, result: Any, paid: int = 0) -> Any:
     """A result that is not too large; what of a string is not ``paid`` for is paid now."""
     if isinstance(result, str):
-        budget.spend(max(0, sys.getsizeof(result) - paid))
+        if len(result) > paid:
+            budget.spend(len(result) - paid)
     elif isinstance(result, CONTAINERS):
         budget.measure(result)
     elif isinstance(result, int):
         check_bits(result.bit_length())
     return result
-
-
-def _named(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The keyword arguments that the template gives, without what jinja2 adds to a call."""
-    return {name: value for name, value in kwargs.items() if name not in ("_loop_vars", "_block_vars")} if kwargs else kwargs
 
 
 def _call_cost(budget: Budget, obj: Any, subject: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -309,4 +342,4 @@ def _call_cost(budget: Budget, obj: Any, subject: Any, args: tuple[Any, ...], kw
         return method_cost(budget, obj.__name__, subject, args, kwargs)
     if obj is _Namespace or isinstance(obj, _Dict) or isinstance(subject, _Dict):
         return keys_cost(args)
-    return budget.sizes(args, kwargs) + (budget.size(subject) if isinstance(subject, (list, tuple)) else 0)
+    return budget.sizes(args, kwargs) + (0 if isinstance(subject, dict) else budget.size(subject))
