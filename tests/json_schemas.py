@@ -1,5 +1,6 @@
 """Random JSON schemas of the kind that a response_format takes, each of which some value meets."""
 
+from functools import cache
 from typing import Any
 
 from hypothesis import strategies as st
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 FORMATS = ("uuid", "ipv4", "ipv6", "email")
 """Those that jsonschema checks without further packages, and that need no calendar."""
 
-PATTERNS = ("^[a-z]{2,5}$", r"^\d{3}-\d{4}$", "^(ab|cd)+$", "^[A-Z][a-z]*( [A-Z][a-z]*)?$", "x", r"^\w+@\w+\.com$")
+PATTERNS = ("^[a-z]{2,5}$", r"^\d{3}-\d{4}$", "^(ab|cd)+$", "^[A-Z][a-z]*( [A-Z][a-z]*)?$", "x", r"^\w{1,9}@\w{1,9}\.com$")
 NAMES = ("a", "b", "name", "größe", 'quo"ted', "long property name", "x-1", "")
 
 Schema = dict[str, Any]
@@ -23,20 +24,21 @@ def json_schemas(draw: st.DrawFn) -> Schema:
     if not draw(st.booleans()):
         return draw(_schemas(3, ()))
     definitions = {f"d{index}": draw(_schemas(1, ())) for index in range(draw(st.integers(1, 2)))}
-    refs = tuple({"$ref": f"#/$defs/{name}"} for name in definitions)
+    refs = tuple(f"#/$defs/{name}" for name in definitions)
     definitions["list"] = {
         "type": "object",
         "properties": {"value": draw(_schemas(1, refs)), "next": {"$ref": "#/$defs/list"}},
         "required": ["value"],
         "additionalProperties": False,
     }
-    return draw(_schemas(3, (*refs, {"$ref": "#/$defs/list"}))) | {"$defs": definitions}
+    return draw(_schemas(3, (*refs, "#/$defs/list"))) | {"$defs": definitions}
 
 
-def _schemas(depth: int, refs: tuple[Schema, ...]) -> st.SearchStrategy[Schema]:
+@cache
+def _schemas(depth: int, refs: tuple[str, ...]) -> st.SearchStrategy[Schema]:
     leaves = _strings() | _integers() | _numbers() | _literals() | st.just({"type": "boolean"}) | st.just({"type": "null"})
     if refs:
-        leaves |= st.sampled_from(refs).map(dict)
+        leaves |= st.sampled_from(refs).map(lambda ref: {"$ref": ref})
     if depth == 0:
         return leaves
     return leaves | _objects(depth - 1, refs) | _arrays(depth - 1, refs) | _unions(depth - 1, refs)
@@ -82,7 +84,7 @@ def _numbers(draw: st.DrawFn) -> Schema:
 
 
 @st.composite
-def _objects(draw: st.DrawFn, depth: int, refs: tuple[Schema, ...]) -> Schema:
+def _objects(draw: st.DrawFn, depth: int, refs: tuple[str, ...]) -> Schema:
     names = draw(st.lists(st.sampled_from(NAMES), unique=True, max_size=4))
     schema: Schema = {"type": "object", "properties": {name: draw(_schemas(depth, refs)) for name in names}}
     schema["required"] = [name for name in names if draw(st.booleans())]
@@ -91,7 +93,7 @@ def _objects(draw: st.DrawFn, depth: int, refs: tuple[Schema, ...]) -> Schema:
 
 
 @st.composite
-def _arrays(draw: st.DrawFn, depth: int, refs: tuple[Schema, ...]) -> Schema:
+def _arrays(draw: st.DrawFn, depth: int, refs: tuple[str, ...]) -> Schema:
     prefix = draw(st.lists(_schemas(depth, refs), max_size=2))
     low = draw(st.integers(0, 3))
     schema: Schema = {"type": "array", "items": draw(_schemas(depth, refs)), "minItems": low}
@@ -100,5 +102,5 @@ def _arrays(draw: st.DrawFn, depth: int, refs: tuple[Schema, ...]) -> Schema:
     return schema | ({"prefixItems": prefix} if prefix else {})
 
 
-def _unions(depth: int, refs: tuple[Schema, ...]) -> st.SearchStrategy[Schema]:
+def _unions(depth: int, refs: tuple[str, ...]) -> st.SearchStrategy[Schema]:
     return st.builds(lambda members: {"anyOf": members}, st.lists(_schemas(depth, refs), min_size=1, max_size=3))
