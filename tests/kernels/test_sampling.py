@@ -265,12 +265,13 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def draws_of(logits: Tensor, cuts: list[Cut], values: Tensor, count: int) -> list[tuple[int, float, int]]:
-    """(token, surprise, token drawn from the whole vocabulary) of each row."""
+def draws_of(logits: Tensor, cuts: list[Cut], values: Tensor, count: int) -> list[tuple[int, float, int, float]]:
+    """(token, surprise, token drawn from the whole vocabulary, log of the sum of exponentials) of each row."""
     highest, cut = argmax(logits)[0], truncation(cuts)
     tokens, surprise = draw_truncated(rows_of(logits), highest, cut, values, count=count)
     plain = draw(rows_of(logits), highest, cut.temperature, values)
-    return list(zip(tokens.tolist(), surprise.tolist(), plain.tolist(), strict=True))
+    total = log_sum_exp(rows_of(logits), highest)
+    return list(zip(tokens.tolist(), surprise.tolist(), plain.tolist(), total.tolist(), strict=True))
 
 
 def check_that_rows_are_alone(logits: Tensor, cuts: list[Cut], seed: int, alone: list[int]) -> None:
@@ -349,6 +350,18 @@ def test_big_rows_draw_the_same_in_any_company(size: int) -> None:
     check_that_rows_are_alone(various_rows(size, 11), cuts, 11, alone=[1, 4, 7, 14, 22, 24])
 
 
+@pytest.mark.slow
+def test_sums_are_added_in_the_same_order_in_any_company() -> None:
+    """Where the logarithm hides no bit of the sum (it is near 1), a row alone on two threads gets the bits of a batch's."""
+    logits = random_logits(16, 150_000, 2) - 20
+    logits[:, 777] = 0.0
+    with threads(1):
+        together = log_sum_exp(rows_of(logits), torch.zeros(16))
+    with threads(2):
+        alone = [log_sum_exp(rows_of(row[None]), torch.zeros(1)) for row in logits]
+    assert torch.equal(torch.cat(alone), together)
+
+
 def test_a_surprise_at_the_bound_has_the_same_fate_in_any_company() -> None:
     """Weights within an ulp or two of max_surprise's threshold are cut alike in a batch and alone."""
     bounds = torch.rand(64, generator=torch.Generator().manual_seed(3)) * 12
@@ -359,6 +372,21 @@ def test_a_surprise_at_the_bound_has_the_same_fate_in_any_company() -> None:
     for row in range(64):
         one = torch.tensor([row])
         assert torch.equal(truncate(weights[one], cuts.rows(one), torch.ones(1))[0], together[one])
+
+
+def test_typical_p_at_the_mass_reached_leaves_the_same_for_any_count() -> None:
+    """Where typical_p is, but for rounding, what some tokens add up to, zeros behind them do not tip the balance."""
+    logits = random_logits(1, 20, 9).sort(descending=True).values.expand(40, -1)
+    weights = (logits - logits[:, :1]).exp()
+    probs = (weights.double() / weights.double().sum(dim=1, keepdim=True))[0]
+    surprise = -probs.log()
+    reached = probs[(surprise - (probs * surprise).sum()).abs().argsort()].cumsum(dim=0).float()
+    levels = torch.cat([reached, reached.nextafter(torch.tensor(0.0))]).tolist()
+    cuts = truncation([Cut(top_k=20, typical_p=level) for level in levels])
+    few, _ = truncate(weights, cuts, None)
+    for zeros in (1, 12, 108, 300):
+        many, _ = truncate(torch.cat([weights, torch.zeros(40, zeros)], dim=1), cuts, None)
+        assert torch.equal(many[:, :20], few)
 
 
 @pytest.mark.parametrize("cut", [Cut(), Cut(top_k=5), Cut(top_p=0.9), Cut(min_p=0.1, typical_p=0.5), Cut(max_surprise=3.0)])
@@ -373,7 +401,7 @@ def test_rows_that_are_not_numbers_spoil_no_other(cut: Cut, broken: float) -> No
         one = slice(row, row + 1)
         assert draws_of(logits[one], [cut], values[one], 8) == [together[row]]
     width = workspace(1, 300, "cpu").shape[1]
-    assert all(0 <= token < width and 0 <= plain < width for token, _, plain in together)
+    assert all(0 <= token < width and 0 <= plain < width for token, _, plain, _ in together)
 
 
 # Extremes
@@ -384,13 +412,25 @@ def tokens_drawn(logits: Tensor, cut: Cut) -> set[int]:
     the temperature is another, from the whole."""
     values = torch.tensor([0.0, 2.0**-53, 0.3, 0.7, LAST], dtype=torch.float64)
     rows, cuts = logits.expand(len(values), -1), [cut] * len(values)
-    drawn = {token for token, _, _ in draws_of(rows, cuts, values, max(4, cut.top_k))}
+    drawn = {token for token, *_ in draws_of(rows, cuts, values, max(4, cut.top_k))}
     if cut == Cut(temperature=cut.temperature):
-        drawn |= {plain for _, _, plain in draws_of(rows, cuts, values, 4)}
+        drawn |= {plain for _, _, plain, _ in draws_of(rows, cuts, values, 4)}
     return drawn
 
 
-@pytest.mark.parametrize("size", [1, 2, 128, 150_000])
+@pytest.mark.parametrize("place", [1, 100, 128, 999])
+def test_tokens_rarer_than_float32_resolves_are_drawn(place: int) -> None:
+    """A token of probability 2.1e-9, at the end of the distribution, comes when the draw is within that of 1. (Without
+    candidates, only across blocks of 128: inside, what all tokens of a block weigh is a sum in float32.)"""
+    logits = torch.full((2, 1_000), -math.inf)
+    logits[:, 0], logits[:, place] = 0.0, -20.0
+    values = torch.tensor([1 - 1e-9, 1 - 3e-9], dtype=torch.float64)
+    drawn = draws_of(logits, [Cut()] * 2, values, 4)
+    assert [token for token, *_ in drawn] == [place, 0]
+    assert [plain for _, _, plain, _ in drawn] == [place if place >= 128 else 0, 0]
+
+
+@pytest.mark.parametrize("size", [1, 2, 128, 30_000])
 @pytest.mark.parametrize("value", [-1e4, 0.0, 1e4])
 @pytest.mark.parametrize("temperature", [1e-6, 1.0, 100.0])
 def test_one_finite_logit_is_always_drawn(size: int, value: float, temperature: float) -> None:
