@@ -77,7 +77,11 @@ def compile_grammar(request: InferenceRequest, model: LoadedModel) -> Grammar:
     special = _special_markers(tool_format.markers, model.tokenizer)
     constraint = tool_constraint(tool_format, request.tools, request.tool_choice, special)
     assert constraint is not None  # that is what is_constrained says
-    return model.grammars.compile(constraint)
+    try:
+        return model.grammars.compile(constraint)
+    except RequestValidationError as error:
+        fault = str(error).removeprefix("response_format: ")
+        raise RequestValidationError(f"tools: their parameters cannot be made a grammar: {fault}") from error
 
 
 def resolve(
