@@ -209,11 +209,6 @@ def _summed(budget: Budget, items: Any, attribute: Any = None, start: Any = 0) -
     return 0 if isinstance(start, int | float) else len(items) * budget.size(items)
 
 
-def _unique(budget: Budget, items: Any, case_sensitive: Any = False, attribute: Any = None) -> int:
-    """Keys can be chosen so that each is compared with all the others."""
-    return int(len(items) ** 2)
-
-
 def _squared(budget: Budget, value: Any, *args: Any, **kwargs: Any) -> int:
     """Regular expressions and loops over strings that are copied each time."""
     return (budget.size(value) + budget.sizes(args, kwargs)) ** 2
@@ -247,7 +242,6 @@ FILTER_COSTS: dict[str, Callable[..., int]] = {
     "title": _characters,
     "tojson": _json,
     "trim": _stripped,
-    "unique": _unique,
     "urlize": _squared,
     "wordcount": _characters,
     "wordwrap": _squared,

@@ -250,7 +250,7 @@ def doubling(start: str, double: str, then: str = "{{ ns.x }}") -> str:
 
 HOSTILE = {
     "loops in loops": f"{LOOP}{{% if a == 0.5 %}}x{{% endif %}}{END}",
-    "loops that select nothing": f"{LOOP[:-3]} if b < 0 %}}x{END}",
+    "loops that select nothing": f"{LOOP[:-3]} if b{'.real' * 20} < 0 %}}x{END}",
     "loops with output": f"{LOOP}x{{{{ a }}}}{END}",
     "loops with text": f"{LOOP}{'x' * 50_000}{END}",
     "loops in a set block": f"{{% set x %}}{LOOP}{'x' * 50_000}{END}{{% endset %}}",
@@ -312,8 +312,9 @@ HOSTILE = {
     "lists made of arguments": "{% macro m(ns) %}{% set ns.y = varargs %}{% endmacro %}{% set ns = namespace(y=1) %}"
     "{% for i in range(99) %}{{ m(ns, ns.y, ns.y) }}{% endfor %}{{ ns.y }}",
     "lists made by filters": doubling("[[1]]", "(ns.x + ns.x) | batch(2) | list"),
-    "tuples too deep to be hashed": "{% set ns = namespace(x=()) %}{% for i in range(100000) %}{% set ns.x = (ns.x,) %}"
+    "tuples too deep to be hashed": "{% set ns = namespace(x=()) %}{% for i in range(2000) %}{% set ns.x = (ns.x,) %}"
     "{% endfor %}{{ {}[ns.x] }}",
+    "tuples in tuples, hashed": doubling("()", "(ns.x, ns.x)", "{{ {}[ns.x] }}"),
     "copies kept": BIG + "".join(f"{{% set a{i} = big[1:] %}}" for i in range(1000)),
     "lists kept": "{% set a = [0] * 100000 %}" + "".join(f"{{% set a{i} = a[:] %}}" for i in range(2000)),
     "join": BIG + "{{ ([big] * 100000) | join(big) }}",
@@ -336,14 +337,15 @@ HOSTILE = {
     "selection": "{% for i in range(1000) %}{{ range(100000) | select('odd') | list | length }}{% endfor %}",
     "selection of nothing": "{% for i in range(1000) %}{{ range(100000) | reject('number') | list }}{% endfor %}",
     "paths of attributes": "{{ range(100000) | map(attribute='real.' * 10000 ~ 'real') | list }}",
-    "paths of attributes, one by one": "{{ range(100000) | map('int') | selectattr('real.' * 10000 ~ 'real') | list }}",
+    "paths of attributes, one by one": "{{ range(100000) | map('int') | selectattr('real.' * 50000 ~ 'real') | list }}",
     "many attributes": "{{ range(100000) | sort(attribute='real,' * 10000 ~ 'real') }}",
     "paths in a format": "{{ ('{0.real' ~ '.real' * 2000000 ~ '}').format(1) }}",
     "count": "{% for i in range(100000) %}{{ range(100000).count('x') }}{% endfor %}",
     "equal hashes": "{{ range(0, 100000 * (2**61 - 1), 2**61 - 1) | unique | list }}",
     "keys of equal hashes": "{{ dict.fromkeys(range(0, 100000 * (2**61 - 1), 2**61 - 1)) }}",
     "time": "{{ strftime_now('%c' * 1000000) }}",
-    "budget from outside": "{% for i in range(9) %}{{ [-10**12] | map('ferrum pay') | list }}{% endfor %}" + f"{LOOP}x{END}",
+    "budget from outside": "{% for i in range(9) %}{{ [0 - 10**12] | map('ferrum pay') | list }}{% endfor %}"
+    "{{ ('x' * 10**8) | length }}",
     "include": "{% include 'x' %}",
     "include what is not there": "{% include ['x', 'y'] ignore missing %}",
     "import": "{% import 'x' as y %}",
@@ -412,6 +414,13 @@ def test_long_conversations_pass(family: str) -> None:
     assert sum(len(turn.content) for turn in turns) > 1_000_000
     tools = [tool(f"f{number}", "d" * 200, **TOOLS[0].function.parameters) for number in range(50)]
     assert render(TEMPLATES[family], turns, tools)
+
+
+@pytest.mark.parametrize("name", ["macro without end", "macros by turns", "block without end", "recursive loop"])
+def test_depth(name: str) -> None:
+    """Calls in calls end long before Python's stack, whose limit is the host's to set."""
+    with pytest.raises(RequestValidationError, match="stopped: it nests calls more than 100 deep"):
+        render(HOSTILE[name])
 
 
 def test_complaints_are_cut() -> None:
