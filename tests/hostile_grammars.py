@@ -3,6 +3,10 @@
 import json
 from typing import Any, Literal
 
+from hypothesis import strategies as st
+
+from tests.json_schemas import json_schemas
+
 Definition = tuple[Literal["json_schema", "regex", "grammar"], Any]
 
 
@@ -209,3 +213,51 @@ REFUSED = {
     *("grammar: a chain of $ref", "grammar: a long regex", "grammar: regexes that are long together", "grammar: too long"),
 }
 """Those that llguidance must not see at all."""
+
+_REGEX_PIECES = (
+    *("a", "b", ".", "(", ")", "[", "]", "{", "}", "|", "*", "+", "?", "^", "$", "-", "/", " ", "é", "\n", "\x00", "\\"),
+    *(".*", "{1,1000}", "{20}", "(a|aa)+", r"\p{L}", r"\W", r"\b", "(?i)", "[^a]", "(?:", ")*"),
+)
+_LARK_PIECES = (
+    *('"a"', '"b"i', "/.*/", "/a{3,}/", "x", "y", "X", "Y", "|", "(", ")", "[", "]", "*", "+", "?", "{2,9}", "~3", "&", "~"),
+    *("->", ":", "%", "\nx: ", "\ny: ", "\nX: ", "\nY: ", "%json {}", '%json {"type":', "%lark {", "}", "%ignore", "#"),
+    *("%import common.INT", '%regex {"substring_words": "a b"}', "%llguidance {}", "::_", "%if", '"\\u0000"', "é"),
+    *("<|eos|>", "<[5]>", "@x", "[max_tokens=2]", "[stop=/b/]", "//", "/"),
+)
+_KEYWORDS = (
+    *("type", "properties", "items", "prefixItems", "anyOf", "allOf", "oneOf", "$ref", "$defs", "enum", "const", "required"),
+    *(
+        "minLength",
+        "maxLength",
+        "pattern",
+        "format",
+        "minItems",
+        "maxItems",
+        "minProperties",
+        "maximum",
+        "multipleOf",
+        "$id",
+    ),
+    *("additionalProperties", "patternProperties", "x-guidance", "minimum", "exclusiveMaximum", "id", "$schema", "not", "a"),
+)
+_VALUES = (
+    *(None, True, False, 0, -1, 0.5, 1e300, 10**30, "string", "object", "array", "integer", "number"),
+    *("#", "#/items", "#/%", "a.*b", "(", "uuid", "", "http://json-schema.org/draft-04/schema#"),
+)
+
+
+def random_definitions() -> st.SearchStrategy[Definition]:
+    """Pieces of definitions, put together at random, and sound ones among them."""
+    keywords = st.sampled_from(_KEYWORDS)
+    values = st.recursive(
+        st.sampled_from(_VALUES),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keywords, inner, max_size=4),
+        max_leaves=12,
+    )
+    return st.one_of(
+        st.lists(st.sampled_from(_REGEX_PIECES), max_size=12).map(lambda pieces: ("regex", "".join(pieces))),
+        st.lists(st.sampled_from(_LARK_PIECES), max_size=14).map(lambda pieces: ("grammar", "start: " + " ".join(pieces))),
+        st.dictionaries(keywords, values, max_size=5).map(lambda schema: ("json_schema", schema)),
+        json_schemas().map(lambda schema: ("json_schema", json.dumps(schema))),
+        st.text(max_size=20).map(lambda text: ("json_schema", text)),
+    )

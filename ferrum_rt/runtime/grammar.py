@@ -46,9 +46,10 @@ class LlGrammarCompiler:
 
     def compile(self, response_format: ResponseFormat) -> "LlGrammar":
         source = _source(response_format)
-        cached = self._cache.get(source)
-        # The copies of a matcher share its automaton, and its end, when that has outgrown the limits.
-        if cached is not None and not cached.is_exhausted:
+        # Outputs share the automaton of their grammar. When it has outgrown its limits, they fail, and it is made anew.
+        for exhausted in [source for source, grammar in self._cache.items() if grammar.is_exhausted]:
+            del self._cache[exhausted]
+        if (cached := self._cache.get(source)) is not None:
             self._cache.move_to_end(source)
             return cached
         if self._tokenizer is None:

@@ -127,10 +127,11 @@ def read_lark(text: str) -> str:
 
 def _json_at(text: str, start: int) -> tuple[Any, int]:
     """The JSON value that begins at ``start``, and where it ends."""
-    _check_nesting(_JSON_TOKEN.findall(text[start:]), until_closed=True)
-    begin = start + len(text[start:]) - len(text[start:].lstrip(" \t\r\n"))
+    _check_nesting((token[0] for token in _JSON_TOKEN.finditer(text, start)), until_closed=True)
+    while text[start : start + 1] in (" ", "\t", "\r", "\n"):
+        start += 1
     try:
-        return json.JSONDecoder().raw_decode(text, begin)
+        return json.JSONDecoder().raw_decode(text, start)
     except ValueError as error:
         refuse(f"the grammar has invalid JSON in it: {error}")
 
@@ -300,7 +301,7 @@ class _SchemaCheck:
             parts.append(self._weigh(member, deep=deep))
         for keyword in ("anyOf", "oneOf"):
             if members := _sequence(node, keyword):
-                group = _Weight(size=0, options=0)
+                group = _Weight(size=0, options=0)  # there is a member at least
                 for member in members:
                     weight = self._weigh(member, deep=deep)
                     group = _Weight(
@@ -379,8 +380,8 @@ def _own_weight(node: Schema) -> _Weight:
     options += 2_000 if "minProperties" in node or "maxProperties" in node else 0
     num_patterns = ("pattern" in node) + ("format" in node)
     return _Weight(
+        options=max(options, 1),
         size=1 + len(_sequence(node, "enum")) + len(_sequence(node, "required")),
-        options=options,
         patterns=num_patterns + 16 * len(_mapping(node, "patternProperties")),
         together=num_patterns,
     )
@@ -408,7 +409,7 @@ def _intersection(parts: list[_Weight]) -> _Weight:
 
 def _digits(multiple: Any) -> int:
     """The significant digits of a multipleOf, as a number: 0.25 → 25. Remainders by it are states of an automaton."""
-    if isinstance(multiple, bool) or not isinstance(multiple, int | float) or not multiple or not math.isfinite(multiple):
+    if isinstance(multiple, bool) or not isinstance(multiple, int | float) or not multiple:
         refuse("multipleOf must be a number other than 0")
     mantissa = Decimal(repr(multiple)).as_tuple()
     digits = int("".join(map(str, mantissa.digits)))
