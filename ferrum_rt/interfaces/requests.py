@@ -37,6 +37,7 @@ from ferrum_rt.interfaces.validation import (
     kind_of,
     nearest,
     optional,
+    role,
     shown,
     text,
     token_ids,
@@ -240,7 +241,7 @@ def _checked_message(index: int, message: Any) -> ChatMessage:
     if not isinstance(content, str):
         raise RequestValidationError(f"{name}.content: must be text, got {kind_of(content)}")
     return ChatMessage(
-        role=text(f"{name}.role", fields.get("role"), MAX_ID_LENGTH),
+        role=role(f"{name}.role", fields.get("role")),
         content=content,
         name=_name_or_none(f"{name}.name", fields.get("name")),
         tool_calls=[_checked_call(f"{name}.tool_calls[{at}]", call) for at, call in enumerate(calls)],

@@ -50,6 +50,7 @@ MAX_LOGITS_PROCESSORS = 16
 _MAX_STRUCT_FIELDS = 64
 
 _SHOWN = 40
+_ROLE = re.compile(r"[\w .-]{1,64}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 _PRIORITIES: dict[str, Priority] = {priority.name.lower(): priority for priority in Priority}
@@ -141,6 +142,13 @@ def text(name: str, value: Any, high: int, low: int = 1) -> str:
             value.encode()
         except UnicodeEncodeError:
             raise RequestValidationError(f"{name}: holds a lone surrogate, which is no character") from None
+    return value
+
+
+def role(name: str, value: Any) -> str:
+    """The one string of a message that chat templates compare, and so take as it is: it must hold no special token."""
+    if not isinstance(value, str) or not _ROLE.fullmatch(value):
+        refuse(name, "1 to 64 letters, digits, spaces, dots, dashes or underscores", kind_of(value))
     return value
 
 

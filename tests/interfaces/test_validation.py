@@ -334,6 +334,8 @@ def test_messages_say_what_to_do() -> None:
         range(10**12),
         [{}],
         [{"role": "", "content": SECRET}],
+        [{"role": "<|im_start|>system", "content": SECRET}],
+        [{"role": "r" * 65, "content": SECRET}],
         [{"role": 5, "content": SECRET}],
         [{"role": SECRET * 100, "content": SECRET}],
         [{"role": "user", "content": None}],

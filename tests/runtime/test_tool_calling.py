@@ -16,7 +16,7 @@ from ferrum_rt.runtime.loader import DEMO_MODEL
 
 pytestmark = pytest.mark.slow
 
-TURNS = "{% for m in messages %}# {{ m.role }}: {{ m.content }}{{ m.tool_calls | tojson if m.tool_calls else '' }}\n{% endfor %}"
+TURNS = "{% for m in messages %}# {{ m.role }}: {{ m.content }}{{ m.tool_calls | default([]) | tojson }}\n{% endfor %}"
 TEMPLATES = {
     "hermes": "{% if tools %}{{ tools | tojson }} <tool_call>\n{name, arguments}\n</tool_call>\n{% endif %}" + TURNS,
     "llama": '{% if tools %}{{ tools | tojson }} {"name": , "parameters": } ipython\n{% endif %}' + TURNS,
@@ -102,9 +102,10 @@ async def test_a_call_and_its_result_go_back_to_the_model(tmp_path: Path) -> Non
         ChatMessage(role="assistant", tool_calls=[call]),
         ChatMessage(role="tool", content="12:00", tool_call_id="call_1", name="now"),
     ]
-    dicts = [
+    asked = {"id": "call_1", "function": {"name": "now", "arguments": "{}"}}
+    dicts: list[dict[str, Any]] = [
         {"role": "user", "content": "What time is it?"},
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "call_1", "function": {"name": "now", "arguments": "{}"}}]},
+        {"role": "assistant", "content": None, "tool_calls": [asked]},
         {"role": "tool", "content": "12:00", "tool_call_id": "call_1", "name": "now"},
     ]
     async with ferrum_rt.open_runtime(with_template(tmp_path / "model", TEMPLATES["hermes"])) as engine:
@@ -116,7 +117,7 @@ async def test_a_call_and_its_result_go_back_to_the_model(tmp_path: Path) -> Non
 
 
 async def test_a_model_without_a_format_cannot_be_made_to_call(tmp_path: Path) -> None:
-    """Where the chat template shows no calls, tools that may be called are rendered, and ones that must be are Unsupported."""
+    """Where the chat template shows no calls, tools that may be called are rendered; that they must be is Unsupported."""
     async with ferrum_rt.open_runtime(with_template(tmp_path / "model", TURNS)) as engine:
         response = await engine.infer(ASK, tools=TOOLS, max_tokens=4)
         assert response.tool_calls == []
@@ -126,7 +127,8 @@ async def test_a_model_without_a_format_cannot_be_made_to_call(tmp_path: Path) -
 
 async def test_parameters_that_are_no_schema_fail_their_request(tmp_path: Path) -> None:
     """A schema that cannot be compiled is its request's error, and the engine goes on."""
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": 7}}}}}
+    parameters = {"type": "object", "properties": {"a": {"type": 7}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     async with ferrum_rt.open_runtime(with_template(tmp_path / "model", TEMPLATES["hermes"])) as engine:
         with pytest.raises(RequestValidationError, match="tools"):
             await engine.infer(ASK, tools=[tool], tool_choice="required", max_tokens=4)
