@@ -36,12 +36,12 @@ _OPTIONS = '\n%llguidance {"no_forcing": true}\n'
 
 class LlGrammarCompiler:
     """Compiles for one vocabulary. ``tokenizer_json`` is a tokenizer.json, or its path; ``vocab_size`` the length of the
-    model's logits. The first compile reads the tokenizer: 20 ms for 4,000 tokens, 0.5 s for 150,000, with the GIL held."""
+    model's logits. It is read at once, because that takes 20 ms for 4,000 tokens and 0.5 s for 150,000, with the GIL held;
+    a tokenizer that llguidance cannot use is Unsupported when something is to be compiled."""
 
     def __init__(self, tokenizer_json: str | Path, vocab_size: int, end_token_ids: Sequence[TokenId]) -> None:
-        self._tokenizer_json, self._vocab_size = tokenizer_json, vocab_size
-        self._end_token_ids = [int(token_id) for token_id in end_token_ids]
-        self._tokenizer: LLTokenizer | None = None
+        self._vocab_size = vocab_size
+        self._tokenizer = _read_tokenizer(tokenizer_json, vocab_size, end_token_ids)
         self._cache: OrderedDict[str, LlGrammar] = OrderedDict()
 
     def compile(self, response_format: ResponseFormat) -> "LlGrammar":
@@ -52,8 +52,8 @@ class LlGrammarCompiler:
         if (cached := self._cache.get(source)) is not None:
             self._cache.move_to_end(source)
             return cached
-        if self._tokenizer is None:
-            self._tokenizer = self._make_tokenizer()
+        if isinstance(self._tokenizer, Unsupported):
+            raise self._tokenizer
         matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=LIMITS)
         if matcher.is_error():
             refuse(_explain(matcher.get_error()))
@@ -63,17 +63,6 @@ class LlGrammarCompiler:
         while len(self._cache) > MAX_CACHED_GRAMMARS or sum(map(len, self._cache)) > MAX_CACHED_BYTES:
             self._cache.popitem(last=False)
         return grammar
-
-    def _make_tokenizer(self) -> LLTokenizer:
-        text = self._tokenizer_json
-        if isinstance(text, Path) or not text.lstrip().startswith("{"):
-            text = Path(text).read_text(encoding="utf-8")
-        for vocab_size in (self._vocab_size, None):  # a tokenizer may have tokens that its model has no logits for
-            try:
-                return LLTokenizer(text, n_vocab=vocab_size, eos_token=self._end_token_ids)
-            except ValueError as error:
-                fault = error
-        raise Unsupported(f"response_format: outputs of this model cannot be constrained: {fault}") from fault
 
 
 class LlGrammar:
@@ -179,3 +168,18 @@ def _explain(error: str) -> str:
     text = error.replace("<non-verbose/>", "").replace("Unimplemented keys", "unsupported keywords")
     text = " ".join(text.split())
     return text if len(text) <= 300 else text[:300] + " …"
+
+
+def _read_tokenizer(
+    tokenizer_json: str | Path, vocab_size: int, end_token_ids: Sequence[TokenId]
+) -> LLTokenizer | Unsupported:
+    text = tokenizer_json
+    if isinstance(text, Path) or not text.lstrip().startswith("{"):
+        text = Path(text).read_text(encoding="utf-8")
+    ends = [int(token_id) for token_id in end_token_ids]
+    for size in (vocab_size, None):  # a tokenizer may have tokens that its model has no logits for
+        try:
+            return LLTokenizer(text, n_vocab=size, eos_token=ends)
+        except ValueError as error:
+            fault = error
+    return Unsupported(f"response_format: outputs of this model cannot be constrained: {fault}")

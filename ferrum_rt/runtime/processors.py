@@ -25,6 +25,7 @@ from ferrum_rt.kernels.logits import (
     penalize_presence,
     penalize_repetition,
 )
+from ferrum_rt.runtime.worker import deep_stacks
 
 _ANYTHING = -1  # in a word: whatever the token
 _NOTHING = -2  # in a text: before its start
@@ -93,6 +94,8 @@ class Processors:
         if waiting:
             if self._thread is None:
                 self._thread = ThreadPoolExecutor(1, thread_name_prefix="ferrum-grammar-masks")
+                with deep_stacks():
+                    self._thread.submit(int).result()  # starts it
             self._masks_written = self._thread.submit(self._write_masks, waiting)
 
     def apply(self, x: Tensor, rows: Sequence[int], context: SamplingContext) -> dict[int, FerrumError]:

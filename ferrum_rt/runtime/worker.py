@@ -4,10 +4,10 @@ The executor needs one (thread-local CUDA streams and OpenMP teams), and so does
 shared worker threads belong to the host, and outlive us.
 """
 
-import contextlib
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar, cast
 
 import anyio
@@ -18,6 +18,18 @@ from ferrum_rt.interfaces.errors import EngineFailed
 T = TypeVar("T")
 
 JOIN_LIMIT_S = 60.0
+STACK_BYTES = 16 * 1024 * 1024
+
+
+@contextmanager
+def deep_stacks() -> Iterator[None]:
+    """Threads started meanwhile get a stack of ``STACK_BYTES``: native parsers recurse by as much as their input nests, and
+    the end of a stack is the end of the process. Python has this setting for the whole process only; it is put back."""
+    before = threading.stack_size(STACK_BYTES)
+    try:
+        yield
+    finally:
+        threading.stack_size(before)
 
 
 class Job(Generic[T]):
@@ -71,7 +83,8 @@ class Worker:
     async def __aenter__(self) -> "Worker":
         self._token = anyio.lowlevel.current_token()
         self._stopped = anyio.Event()
-        self._thread.start()
+        with deep_stacks():
+            self._thread.start()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -93,5 +106,5 @@ class Worker:
     def _post(self, function: Callable[[], None]) -> None:
         # Unlike anyio.from_thread.run_sync this does not wait for the loop: the next call starts while the host is busy.
         # A loop that is gone took everybody who waited with it.
-        with contextlib.suppress(anyio.RunFinishedError):
+        with suppress(anyio.RunFinishedError):
             self._token.backend_class.run_sync_soon(function, (), self._token.native_token)

@@ -142,6 +142,7 @@ def host_state() -> tuple[object, ...]:
         list(logging.getLogger().handlers),
         logging.getLogger().level,
         sys.getswitchinterval(),
+        threading.stack_size(),
         sys.excepthook,
         threading.excepthook,
         torch.get_num_threads(),

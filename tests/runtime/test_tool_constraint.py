@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import jsonschema  # type: ignore[import-untyped]
+import jsonschema
 import numpy
 import pytest
 from llguidance import LLMatcher, LLTokenizer
