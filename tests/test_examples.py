@@ -48,6 +48,16 @@ def client(server_url: str) -> Iterator[httpx.Client]:
         yield client
 
 
+def test_outputs_prints_json_samples_and_an_own_rules_text() -> None:
+    """The JSON meets its schema, three samples say what they began with, and the rule in Python was kept."""
+    first, *samples, last = run_example("outputs.py").splitlines()
+
+    assert re.fullmatch(r"\{'name': .*, 'size': \d+\}", first)
+    assert len(samples) == 3
+    assert all(re.search(r" began with .* at -?\d+\.\d\d; the likeliest were ", sample) for sample in samples)
+    assert re.search(r" repeats nothing; the seed was \d+$", last)
+
+
 def test_script_prints_an_answer_a_stream_and_a_batch() -> None:
     """All three ways to ask give text, and the bad prompt of the batch spoils only its own answer."""
     out = run_example("script.py")

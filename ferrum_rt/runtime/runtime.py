@@ -14,7 +14,15 @@ from anyio.abc import TaskStatus
 from anyio.streams.memory import MemoryObjectReceiveStream
 
 from ferrum_rt.interfaces.config import ConfigFields, EngineConfig, build_config
-from ferrum_rt.interfaces.errors import Cancelled, EngineFailed, FerrumError, RequestValidationError, ResourceExhausted
+from ferrum_rt.interfaces.errors import (
+    BackendError,
+    Cancelled,
+    EngineFailed,
+    FerrumError,
+    RequestValidationError,
+    ResourceExhausted,
+    TokenizerError,
+)
 from ferrum_rt.interfaces.grammar import Grammar
 from ferrum_rt.interfaces.requests import RequestFields, build_request, check_vocabulary
 from ferrum_rt.interfaces.scheduler import SequenceUpdate
@@ -300,6 +308,8 @@ class Runtime:
             return encode(request, self._model, self._config)
         except FerrumError as error:
             return error
+        except Exception as error:  # whatever a tokenizer or a template makes of this prompt, it is this request's
+            return _failure(TokenizerError, "the prompt cannot be encoded", error)
 
     async def _compile(self, encoded: MemoryObjectReceiveStream[tuple[Generation, EncodedRequest]]) -> None:
         """Grammars, one after the other; requests that have none do not wait for them."""
@@ -308,9 +318,9 @@ class Runtime:
                 continue
             try:
                 grammar = await self._compiler_thread.run(partial(compile_grammar, generation.request, self._model))
-            except FerrumError as error:
+            except Exception as error:  # whatever a grammar does to its compiler
                 if not generation.is_finished:
-                    self._fail(generation, error, "failed")
+                    self._fail(generation, _failure(BackendError, "the grammar cannot be compiled", error), "failed")
                 continue
             if not generation.is_finished:
                 self._submit(generation, request, grammar)
@@ -318,11 +328,10 @@ class Runtime:
 
     def _submit(self, generation: Generation, encoded: EncodedRequest, grammar: Grammar | None) -> None:
         try:
-            self._scheduler.submit(resolve(encoded, grammar, self._model, self._config, generation.submitted_at))
-        except FerrumError as error:
-            self._fail(generation, error, "failed")
-        else:
             generation.tokenized(encoded.token_ids, self._model.tokenizer, self._model.tool_format)
+            self._scheduler.submit(resolve(encoded, grammar, self._model, self._config, generation.submitted_at))
+        except Exception as error:  # what is wrong with the request, or whatever its prompt does to a detokenizer
+            self._fail(generation, _failure(TokenizerError, "the prompt cannot be gone on from", error), "failed")
 
     def _started(self, request_id: RequestId) -> None:
         generation = self._active.get(request_id)
@@ -345,8 +354,8 @@ class Runtime:
             return
         try:
             reason = generation.advance(update, time.monotonic())
-        except FerrumError as error:
-            self._fail(generation, error, "failed")
+        except Exception as error:  # whatever the output's text does to those who read it
+            self._fail(generation, _failure(TokenizerError, "the output cannot be turned into text", error), "failed")
             return
         if reason is not None and update.finish_reason is None:  # a stop string, which the scheduler knows nothing of
             self._drop(generation, update.index)
@@ -411,6 +420,15 @@ def _first(error: Exception) -> Exception:
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+def _failure(kind: type[FerrumError], what: str, error: Exception) -> FerrumError:
+    """The error itself, if it is meant for the caller."""
+    if isinstance(error, FerrumError):
+        return error
+    failure = kind(f"{what}: {error!r}")
+    failure.__cause__ = error
+    return failure
 
 
 def _health(healthy: bool, fault: str) -> ComponentHealth:

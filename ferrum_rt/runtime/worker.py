@@ -51,8 +51,11 @@ class Job(Generic[T]):
         """In the worker thread."""
         try:
             self._result = self._function()
-        except BaseException as error:  # whatever it is, it belongs to the one who waits
+        except Exception as error:  # whatever it is, it belongs to the one who waits
             self._error = error
+        except BaseException as error:  # a panic of Rust code, say; the loop's thread must not take it for a cancellation
+            self._error = RuntimeError(f"{type(error).__name__}: {error}")
+            self._error.__cause__ = error
 
     def settle(self) -> None:
         """In the event loop's thread."""
