@@ -9,7 +9,7 @@ run: setup
 	$(VENV)/bin/ferrum-rt run "$(PROMPT) "
 
 test: setup-dev
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 check: setup-dev
 	$(VENV)/bin/ruff check .
