@@ -16,7 +16,7 @@ from torch import Tensor
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _BLOCK = 128
 _SMALL_BLOCK = 16
-_MORE = 16
+_NUM_BINS = (0x3F800000 >> 16) + 1  # of floats from 0 to 1, by the upper half of their bits
 NUM_CANDIDATES = 256
 """How many of the likeliest tokens are looked at first where top_k sets no bound."""
 
@@ -116,31 +116,71 @@ class Truncation(NamedTuple):
     typical_p: Tensor
     max_surprise: Tensor
 
-    def rows(self, index: Tensor) -> "Truncation":
+    def rows(self, index: Tensor | slice) -> "Truncation":
         return Truncation(*(field[index] for field in self))
 
 
 def draw_truncated(x: Tensor, highest: Tensor, cut: Truncation, draws: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
     """(token ids, their surprise in bits) [R], drawn from what ``cut`` leaves of workspace rows, which stay as they are.
 
-    The ``count`` likeliest are looked at first, which must be at least every top_k; then more, for the rows where they may
-    not be all that is left. What a row draws does not depend on ``count``: candidates are always in the order of their
-    logits, since different logits may have equal weights.
+    ``count`` candidates are looked at, which must be at least every top_k. A row without top_k whose NUM_CANDIDATES
+    likeliest may not be all that is left is drawn another way; so how a row is drawn, and what, does not depend on
+    ``count``. Candidates are in the order of their logits: different ones may have equal weights.
     """
-    logits, ids = top_candidates(x, count)
+    all_have_top_k = bool((cut.top_k > 0).all())
+    logits, ids = top_candidates(x, count if all_have_top_k else max(count, NUM_CANDIDATES))
     weights = _weigh(logits, highest, cut.temperature)
-    if bool((cut.top_k > 0).all()):
+    if all_have_top_k:
         return _draw_kept(truncate(weights, cut, None)[0], ids, draws)
-    total = _total(_weigh(x, highest, cut.temperature))
-    kept, is_whole = truncate(weights, cut, total)
+    all_weights = _weigh(x, highest, cut.temperature)
+    total = _total(all_weights)
+    kept, num_left = truncate(weights, cut, total)
     tokens, surprise = _draw_kept(kept, ids, draws)
-    while count < x.shape[1] and len(rest := (~is_whole).nonzero()[:, 0]):
-        count *= _MORE
-        logits, ids = top_candidates(x[rest], count)
-        weights = _weigh(logits, highest[rest], cut.temperature[rest])
-        kept, is_whole[rest] = truncate(weights, cut.rows(rest), total[rest])
-        tokens[rest], surprise[rest] = _draw_kept(kept, ids, draws[rest])
+    for row in ((cut.top_k == 0) & (num_left >= NUM_CANDIDATES)).nonzero()[:, 0].tolist():
+        one = slice(row, row + 1)
+        drawn = _draw_from_many(x[row], all_weights[row], cut.rows(one), total[one], draws[one])
+        tokens[row], surprise[row] = drawn
     return tokens, surprise
+
+
+def _draw_from_many(logits: Tensor, weights: Tensor, cut: Truncation, total: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
+    """(token id, surprise) from one row [width], most of which may be left.
+
+    Instead of sorting it, weights are added up by the upper half of their bits, which are in their order. Only the two
+    bins that matter are sorted: where ``cut`` ends, and where the draw falls.
+    """
+    if bool(cut.typical_p < 1):  # needs all of them in another order
+        logits, ids = torch.sort(logits, descending=True, stable=True)
+        kept, _ = truncate(weights[ids][None], cut, total)
+        token, surprise = _draw_kept(kept, ids[None], draw)
+        return token[0], surprise[0]
+    least = torch.maximum(cut.min_p, total * (cut.max_surprise.double() * -math.log(2)).exp()).clamp_(max=1.0)
+    weights = weights.where(weights >= least, 0.0)
+    bins = weights.view(torch.int32) >> 16
+    mass = torch.zeros(_NUM_BINS, dtype=torch.float64, device=weights.device)
+    mass.scatter_add_(0, bins.long(), weights.double())
+    cumulative = mass.flip(0).cumsum(0)  # from the heaviest bin on
+
+    def members(place: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids and weights in the bin at this place, likeliest first, and the weight of all before each."""
+        ids = (bins == _NUM_BINS - 1 - place).nonzero()[:, 0]
+        ids = ids[torch.sort(logits[ids], descending=True, stable=True).indices]
+        inside = weights[ids].double()
+        before = cumulative[place - 1] if place else cumulative.new_zeros(())
+        return ids, inside, before + inside.cumsum(0) - inside
+
+    left = cumulative[-1]
+    if bool(cut.top_p < 1):
+        enough = (cut.top_p * total.double())[0]
+        place = int(torch.searchsorted(cumulative, enough))
+        if place < _NUM_BINS:
+            _, inside, before = members(place)
+            is_kept = before < enough
+            left = (before + inside)[is_kept][-1] if bool(is_kept.any()) else left
+    target = draw[0] * left
+    ids, inside, before = members(int(torch.searchsorted(cumulative, target, right=True).clamp_(max=_NUM_BINS - 1)))
+    at = int((before <= target).sum().clamp_(min=1)) - 1
+    return ids[at], -(inside[at] / left).log2()
 
 
 def _total(weights: Tensor) -> Tensor:
@@ -154,8 +194,9 @@ def _weigh(logits: Tensor, highest: Tensor, temperature: Tensor) -> Tensor:
 
 
 def truncate(weights: Tensor, cut: Truncation, total: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The descending ``weights`` [R, K], the likeliest's being 1, with what is cut at 0; and [R] whether all tokens beyond
-    the K are cut too. ``total`` [R] is the weight of a row's whole vocabulary; rows with top_k need none."""
+    """The descending ``weights`` [R, K], the likeliest's being 1, with what is cut at 0; and how many [R] are left before
+    ``typical_p``: if it is all K of them, there may be more beyond. ``total`` [R] is the weight of a row's whole vocabulary;
+    rows with top_k need none."""
     rank = torch.arange(weights.shape[1], device=weights.device)
     limit = torch.where(cut.top_k > 0, cut.top_k, weights.shape[1])
     kept = weights.masked_fill(rank >= limit[:, None], 0.0)
@@ -169,11 +210,11 @@ def truncate(weights: Tensor, cut: Truncation, total: Tensor | None) -> tuple[Te
     is_cut |= kept < torch.maximum(cut.min_p, total * rarest)[:, None]
     is_cut |= kept <= 0
     is_cut[:, 0] = False
-    is_whole = is_cut[:, -1] | (cut.top_k > 0)
     kept = kept.masked_fill(is_cut, 0.0)
+    num_left = is_cut.shape[1] - is_cut.sum(dim=1)
     if bool((cut.typical_p < 1).any()):
         kept = _keep_typical(kept, cut.typical_p)
-    return kept, is_whole
+    return kept, num_left
 
 
 def _keep_typical(weights: Tensor, typical_p: Tensor) -> Tensor:

@@ -85,11 +85,11 @@ def truncated(logits: Tensor, cut: Cut, count: int) -> tuple[Floats, bool]:
     total = ((logits.double() - highest) / float(np.float32(cut.temperature))).exp().sum(dim=-1, keepdim=True)
     weights, ids = top_candidates(x, count)
     weights.sub_(highest[:, None]).div_(torch.tensor(cut.temperature)).exp_()
-    kept, is_whole = truncate(weights, truncation([cut]), total)
+    kept, num_left = truncate(weights, truncation([cut]), total)
     assert (kept[:, 1:] <= kept[:, :-1]).all() or cut.typical_p < 1
     whole_row = torch.zeros_like(x).scatter_(1, ids, kept)
     assert not whole_row[:, len(logits) :].any()
-    return as_numpy(whole_row[0, : len(logits)]), bool(is_whole)
+    return as_numpy(whole_row[0, : len(logits)]), int(num_left) < kept.shape[1] or cut.top_k > 0
 
 
 def check_truncation(logits: Tensor, cut: Cut, count: int) -> Bools:
