@@ -2,6 +2,7 @@
 
 import time
 import tracemalloc
+from itertools import pairwise
 
 import msgspec
 import pytest
@@ -50,7 +51,7 @@ def test_messages_come_back_however_they_are_cut(messages: list[ClientMessage], 
     data, decoder = b"".join(map(encode, messages)), client_decoder()
     places = sorted({min(cut, len(data)) for cut in cuts} | {0, len(data)})
     found: list[ClientMessage] = []
-    for start, end in zip(places, places[1:], strict=False):
+    for start, end in pairwise(places):
         found += decoder.feed(data[start:end])
         complete = [n for n in range(len(messages) + 1) if len(b"".join(map(encode, messages[:n]))) <= end]
         assert len(found) == complete[-1]
@@ -106,8 +107,7 @@ def test_hostile_bytes_are_invalid_at_once(data: bytes) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(InvalidFormat):
-            for message in decoder.feed(before + data):
-                found.append(message)
+            found.extend(decoder.feed(before + data))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
