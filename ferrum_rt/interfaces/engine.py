@@ -18,6 +18,24 @@ from ferrum_rt.interfaces.types import (
 )
 
 
+class ChunkSink(Protocol):
+    """Where a request's chunks go. All of it is called on the event loop, between awaits: nothing may block or raise."""
+
+    @property
+    def is_full(self) -> bool:
+        """As many chunks wait in it as may; the request is parked until it is resumed."""
+        ...
+
+    def put(self, item: StreamChunk | FerrumError) -> None:
+        """The next chunk, or as the last item why there are no more. A few still come after it is full: of the steps that
+        were under way."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more is coming."""
+        ...
+
+
 class InferenceEngine(Protocol):
     """Text generation. A prompt is text, token ids or chat messages; ``fields`` are those of InferenceRequest and
     SamplingParams, flat. Cancelling the calling task cancels the request."""

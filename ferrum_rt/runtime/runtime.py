@@ -1,8 +1,8 @@
 """The runtime: opens the channels and the tasks, takes requests in, and closes everything again."""
 
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +14,7 @@ from anyio.abc import TaskStatus
 from anyio.streams.memory import MemoryObjectReceiveStream
 
 from ferrum_rt.interfaces.config import ConfigFields, EngineConfig, build_config
+from ferrum_rt.interfaces.engine import ChunkSink
 from ferrum_rt.interfaces.errors import (
     BackendError,
     Cancelled,
@@ -25,6 +26,7 @@ from ferrum_rt.interfaces.errors import (
 )
 from ferrum_rt.interfaces.grammar import Grammar
 from ferrum_rt.interfaces.requests import RequestFields, build_request, check_vocabulary
+from ferrum_rt.interfaces.responses import assemble
 from ferrum_rt.interfaces.scheduler import SequenceUpdate
 from ferrum_rt.interfaces.types import (
     ComponentHealth,
@@ -40,6 +42,7 @@ from ferrum_rt.interfaces.types import (
     RequestId,
     StreamChunk,
 )
+from ferrum_rt.runtime.chunk_stream import ChunkStream
 from ferrum_rt.runtime.engine import EngineLoop
 from ferrum_rt.runtime.generation import Generation
 from ferrum_rt.runtime.loader import LoadedModel, load_model
@@ -180,11 +183,8 @@ class Runtime:
         self, prompt: Prompt | InferenceRequest, **fields: Unpack[RequestFields]
     ) -> AsyncIterator[AsyncIterator[StreamChunk]]:
         """The request's chunks as they come; the last has a ``finish_reason``. Leaving the block cancels what is left."""
-        generation = self._admit(build_request(prompt, fields))
-        try:
-            yield generation
-        finally:
-            self._abandon(generation)
+        with self._open(build_request(prompt, fields)) as (_, chunks):
+            yield chunks
 
     async def infer_batch(
         self, prompts: Sequence[Prompt | InferenceRequest], **fields: Unpack[RequestFields]
@@ -207,11 +207,62 @@ class Runtime:
         return results
 
     async def _infer(self, request: InferenceRequest) -> InferenceResponse:
-        generation = self._admit(request)
+        with self._open(request) as (generation, chunks):
+            received = [chunk async for chunk in chunks]
+            return assemble(received, generation.metrics())
+
+    @contextmanager
+    def _open(self, request: InferenceRequest) -> Iterator[tuple[Generation, ChunkStream]]:
+        capacity = self._config.batching.stream_capacity
+        chunks = ChunkStream(request.sampling_params.n, capacity, lambda: self.resume(generation))
         try:
-            return await generation.collect()
+            generation = self.start(request, chunks)
+            try:
+                yield generation, chunks
+            finally:
+                self.abandon(generation)
         finally:
-            self._abandon(generation)
+            chunks.abandon()
+
+    # -- requests whose chunks go somewhere else ----------------------------------------------------------------------
+
+    def start(self, request: InferenceRequest, sink: ChunkSink) -> Generation:
+        """Admit a request that ``build_request`` made; its chunks go to ``sink``, then its error if it has one, and then the
+        sink is closed. Raises the FerrumError of a request that is not admitted, without touching the sink."""
+        if self._failure is not None:
+            raise self._failure
+        if self._state is not EngineState.READY:
+            raise Cancelled(f"the engine takes no requests: its state is {self._state.value}")
+        if request.id in self._active:
+            raise RequestValidationError(f"id: a request {request.id!r} is already under way")
+        check_vocabulary(request.sampling_params, self._model.executor.model_info.vocab_size)
+        generation = Generation(request, sink, time.monotonic())
+        try:
+            if len(self._active) >= self._capacity:
+                raise anyio.WouldBlock
+            self._to_tokenizer.send_nowait(generation)
+        except anyio.WouldBlock:
+            self._counts["rejected"] += 1
+            raise ResourceExhausted(
+                f"{len(self._active)} requests are under way or waiting, which is as many as the engine takes",
+                retry_after=self._mean_request_s(),
+            ) from None
+        self._active[request.id] = generation
+        return generation
+
+    def resume(self, generation: Generation) -> None:
+        """Its sink has room again."""
+        if generation.is_parked and not generation.is_finished:
+            generation.is_parked = False
+            self._scheduler.unpark(generation.request.id)
+            self._engine.notify()
+
+    def abandon(self, generation: Generation) -> None:
+        """The caller has left. Synchronous, so that no cancellation can come between."""
+        if not generation.is_finished:
+            self._end(generation, "cancelled")
+            self._drop(generation)
+            self._engine.notify()
 
     # -- reports ------------------------------------------------------------------------------------------------------
 
@@ -255,29 +306,6 @@ class Runtime:
         return HealthStatus(healthy=healthy, status=ComponentStatus(components=components))
 
     # -- a request's way through --------------------------------------------------------------------------------------
-
-    def _admit(self, request: InferenceRequest) -> Generation:
-        if self._failure is not None:
-            raise self._failure
-        if self._state is not EngineState.READY:
-            raise Cancelled(f"the engine takes no requests: its state is {self._state.value}")
-        if request.id in self._active:
-            raise RequestValidationError(f"id: a request {request.id!r} is already under way")
-        check_vocabulary(request.sampling_params, self._model.executor.model_info.vocab_size)
-        generation = Generation(request, self._config.batching.stream_capacity, time.monotonic(), self._has_room)
-        try:
-            if len(self._active) >= self._capacity:
-                raise anyio.WouldBlock
-            self._to_tokenizer.send_nowait(generation)
-        except anyio.WouldBlock:
-            self._counts["rejected"] += 1
-            generation.abandon()
-            raise ResourceExhausted(
-                f"{len(self._active)} requests are under way or waiting, which is as many as the engine takes",
-                retry_after=self._mean_request_s(),
-            ) from None
-        self._active[request.id] = generation
-        return generation
 
     async def _tokenize(self, admitted: MemoryObjectReceiveStream[Generation]) -> None:
         async for first in admitted:
@@ -361,13 +389,9 @@ class Runtime:
             self._drop(generation, update.index)
         if generation.has_ended:
             self._end(generation, "finished")
-        elif generation.must_park and not generation.is_parked:
+        elif not generation.is_parked and generation.sink.is_full:
             generation.is_parked = True
             self._scheduler.park(update.request_id)
-
-    def _has_room(self, request_id: RequestId) -> None:
-        self._scheduler.unpark(request_id)
-        self._engine.notify()
 
     # -- a request's end ----------------------------------------------------------------------------------------------
 
@@ -392,14 +416,6 @@ class Runtime:
         self._tasks_scope.cancel()
         for generation in list(self._active.values()):
             self._fail(generation, self._failure, "failed")
-
-    def _abandon(self, generation: Generation) -> None:
-        """The caller has left. Synchronous, so that no cancellation can come between."""
-        if not generation.is_finished:
-            self._end(generation, "cancelled")
-            self._drop(generation)
-            self._engine.notify()
-        generation.abandon()
 
     def _end(self, generation: Generation, outcome: str) -> None:
         """The one place where a request ends."""
