@@ -88,7 +88,7 @@ class PrefillOutput(msgspec.Struct, gc=False):
     were asked for."""
 
     sampled: SampledToken | None
-    scores: list[TokenScores] = []
+    scores: Sequence[TokenScores] = ()
 
 
 class StepOutput(msgspec.Struct):

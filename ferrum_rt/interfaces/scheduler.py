@@ -1,5 +1,6 @@
 """Choosing what the next step computes."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
@@ -41,15 +42,15 @@ class BatchPlan(msgspec.Struct, frozen=True, kw_only=True):
     step: StepInput
 
 
-class SequenceUpdate(msgspec.Struct, kw_only=True):
+class SequenceUpdate(msgspec.Struct, kw_only=True, gc=False):
     """What became of sample ``index`` of a request: new tokens (with their ``scores`` if those were asked for), scores of
     the prompt's next tokens, and on its last update a reason. An ``error`` ends the request with all its samples."""
 
     request_id: RequestId
     token_ids: list[TokenId]
     index: int = 0
-    scores: list[TokenScores] = []
-    prompt_scores: list[TokenScores] = []
+    scores: Sequence[TokenScores] = ()
+    prompt_scores: Sequence[TokenScores] = ()
     finish_reason: FinishReason | None = None
     error: FerrumError | None = None
     num_cached_tokens: int = 0

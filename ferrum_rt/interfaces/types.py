@@ -256,7 +256,7 @@ class StreamChunk(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
-    tool_calls: list[ToolCallDelta] = []
+    tool_calls: Sequence[ToolCallDelta] = ()
     prompt_logprobs: list[TokenLogprobs] | None = None
     seed: int | None = None
 

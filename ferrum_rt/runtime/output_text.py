@@ -123,9 +123,9 @@ class OutputText:
             return text, False
         return self._stop.push(text)
 
-    def _take_calls(self, text: str, *, is_last: bool) -> tuple[str, list[ToolCallDelta]]:
+    def _take_calls(self, text: str, *, is_last: bool) -> tuple[str, Sequence[ToolCallDelta]]:
         if self._parser is None:
-            return text, []
+            return text, ()
         text, calls = self._parser.push(text)
         if is_last:
             rest, more = self._parser.flush()

@@ -10,6 +10,7 @@ the order of planning: whatever an earlier step still writes to a page, the new 
 import heapq
 from bisect import insort
 from collections import OrderedDict, deque
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from ferrum_rt.interfaces.errors import DeadlineExceeded, EngineFailed, FerrumError, RequestValidationError
@@ -185,7 +186,7 @@ class UnifiedScheduler:
                 continue
             if sequence.handle is entry.handle:  # not preempted since
                 self._cache.publish(entry.handle, sequence.tokens, entry.end)
-            prompt_scores = self._take_scores(entry, item) if isinstance(item, PrefillOutput) else []
+            prompt_scores = self._take_scores(entry, item) if isinstance(item, PrefillOutput) else ()
             if entry.samples and sampled is not None and sampled.token_id is not None:
                 updates.append(self._append(sequence, sampled.token_id, sampled, prompt_scores))
             elif prompt_scores:
@@ -363,24 +364,29 @@ class UnifiedScheduler:
         samples = self._sequences.get(request.request_id, [])
         return list(samples) if samples and samples[0].request is request else []
 
-    def _take_scores(self, entry: _Entry, output: PrefillOutput) -> list[TokenScores]:
+    def _take_scores(self, entry: _Entry, output: PrefillOutput) -> Items[TokenScores]:
         """Scores of prompt tokens that were not scored before: a prefill may have been cut short and done again."""
         sequence, start = entry.sequence, entry.start
-        fresh = list(output.scores[max(0, sequence.num_scored - start) :])
+        fresh = output.scores[max(0, sequence.num_scored - start) :]
         sequence.num_scored += len(fresh)
         return fresh
 
     def _append(
-        self, sequence: Sequence, token_id: TokenId, sampled: SampledToken, prompt_scores: list[TokenScores]
+        self, sequence: Sequence, token_id: TokenId, sampled: SampledToken, prompt_scores: Items[TokenScores]
     ) -> SequenceUpdate:
         sequence.num_pending -= 1
         sequence.tokens.append(token_id)
         sequence.mirostat_mu = sampled.mirostat_mu
         self._generated_tokens += 1
         request = sequence.request
-        update = _update(sequence, token_ids=[token_id], prompt_scores=prompt_scores)
-        if sampled.scores is not None:
-            update.scores = [sampled.scores]
+        update = SequenceUpdate(
+            request_id=request.request_id,
+            index=sequence.index,
+            token_ids=[token_id],
+            scores=() if sampled.scores is None else (sampled.scores,),
+            prompt_scores=prompt_scores,
+            num_cached_tokens=sequence.num_cached_tokens,
+        )
         if token_id in request.stop_token_ids:
             update.finish_reason = FinishReason.STOP
         elif token_id in request.eos_token_ids:
@@ -427,15 +433,14 @@ class UnifiedScheduler:
 def _update(
     sequence: Sequence,
     *,
-    token_ids: list[TokenId] | None = None,
-    prompt_scores: list[TokenScores] | None = None,
+    prompt_scores: Items[TokenScores] = (),
     finish_reason: FinishReason | None = None,
 ) -> SequenceUpdate:
     return SequenceUpdate(
         request_id=sequence.request.request_id,
         index=sequence.index,
-        token_ids=token_ids or [],
-        prompt_scores=prompt_scores or [],
+        token_ids=[],
+        prompt_scores=prompt_scores,
         finish_reason=finish_reason,
         num_cached_tokens=sequence.num_cached_tokens,
     )

@@ -61,7 +61,7 @@ def test_messages_come_back_however_they_are_cut(messages: list[ClientMessage], 
 
 def test_chunks_of_several_requests_share_a_frame() -> None:
     """What the daemon sends for one step is one frame, and comes back equal."""
-    chunks = [StreamChunk(request_id=RequestId(str(n)), text="é", token_ids=[TokenId(n)]) for n in range(3)]
+    chunks = [StreamChunk(request_id=RequestId(str(n)), text="é", token_ids=[TokenId(n)], tool_calls=[]) for n in range(3)]
     assert list(server_decoder().feed(encode(Chunks(chunks=chunks)))) == [Chunks(chunks=chunks)]
 
 
