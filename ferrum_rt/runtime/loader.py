@@ -1,6 +1,5 @@
 """From a configuration to a model that can run: find the directory, read it, size the page pool."""
 
-import json
 import os
 import re
 from pathlib import Path
@@ -28,6 +27,7 @@ from ferrum_rt.kernels.batch import KvPages, allocate_pages
 from ferrum_rt.kernels.cpu import CpuOps
 from ferrum_rt.runtime.executor import DecoderExecutor
 from ferrum_rt.runtime.grammar import LlGrammarCompiler
+from ferrum_rt.runtime.json_file import read_json
 from ferrum_rt.runtime.models.decoder import Decoder, load_weights
 from ferrum_rt.runtime.models.families import DecoderSpec, parse_config
 from ferrum_rt.runtime.models.weights import CheckpointReader, DummyReader
@@ -73,13 +73,13 @@ def load_model(config: EngineConfig) -> LoadedModel:
     Raises ConfigError, DeviceError, ModelError or TokenizerError, and then nothing is left behind.
     """
     directory = resolve_model(config.model.source)
-    raw = read_json(directory / "config.json")
+    raw = read_json(directory / "config.json", ModelError)
     try:
         spec = parse_config(raw)
     except ModelError as error:
         raise ModelError(f"{directory}: {error}") from error
     generation_path = directory / "generation_config.json"
-    generation = read_json(generation_path) if generation_path.is_file() else {}
+    generation = read_json(generation_path, ModelError) if generation_path.is_file() else {}
     eos = _eos_token_ids(raw, generation)
     tokenizer = _load_tokenizer(directory, config, spec, eos)
     if tokenizer is not None:
@@ -119,19 +119,6 @@ def resolve_model(source: str | None) -> Path:
     if not directory.is_dir():
         raise ModelError(f"{source}: no such directory")
     return directory
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """One of a model's JSON files."""
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file; a model is a directory in Hugging Face's layout")
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: expected a JSON object")
-    return content
 
 
 def _fetch(source: str) -> Path:

@@ -1,6 +1,5 @@
 """Hugging Face tokenizers behind the Tokenizer contract."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from ferrum_rt.interfaces.tokenizer import IncrementalTokenizer, TokenizerInfo
 from ferrum_rt.interfaces.types import ChatMessage, SpecialTokens, TokenId, Tool
 from ferrum_rt.runtime.chat_template import ChatTemplate
 from ferrum_rt.runtime.detokenizer import incremental_decoder
+from ferrum_rt.runtime.json_file import read_json
 from ferrum_rt.runtime.special_tokens import PromptEncoder
 from ferrum_rt.runtime.token_bytes import TokenBytes
 
@@ -71,7 +71,8 @@ class HfTokenizerFactory:
             raise TokenizerError(f"{path}: not a valid tokenizer: {error}") from error
         rust.no_truncation()  # some files say to cut texts, or to fill them up to one length
         rust.no_padding()
-        config = _read_config(directory / "tokenizer_config.json")
+        config_path = directory / "tokenizer_config.json"
+        config = read_json(config_path, TokenizerError) if config_path.is_file() else {}
         names = {key: _content(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
         present = {key: token for key, token in names.items() if token is not None}
         ids = {key: TokenId(found) for key, token in present.items() if (found := rust.token_to_id(token)) is not None}
@@ -98,18 +99,6 @@ def _unicode_fault(texts: Sequence[str]) -> str | None:
         except UnicodeEncodeError as error:
             return f"it is not valid Unicode: {error.reason} at position {error.start}"
     return None
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise TokenizerError(f"{path}: expected a JSON object")
-    return config
 
 
 def _content(token: Any) -> str | None:

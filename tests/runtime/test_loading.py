@@ -15,7 +15,8 @@ from ferrum_rt.interfaces.errors import ConfigError, FerrumError, ModelError, To
 from ferrum_rt.interfaces.model_executor import PrefillInput, SlotAssignment, StepInput, UnifiedBatch
 from ferrum_rt.interfaces.sampler import SamplingConfig
 from ferrum_rt.interfaces.types import DataType, ModelType, RequestId, SamplingParams, TokenId
-from ferrum_rt.runtime.loader import LoadedModel, load_model, read_json
+from ferrum_rt.runtime.json_file import read_json
+from ferrum_rt.runtime.loader import LoadedModel, load_model
 from ferrum_rt.runtime.models.families import parse_config
 from tests.checkpoints import EOS, FAMILIES, VOCAB_SIZE, save_checkpoint, save_tokenizer
 
@@ -88,7 +89,7 @@ def edit_config(**changes: Any) -> Change:
     """Lay ``changes`` over config.json; ``...`` takes a key out."""
 
     def change(directory: Path) -> None:
-        config = read_json(directory / CONFIG) | changes
+        config = read_json(directory / CONFIG, ModelError) | changes
         write_json(directory / CONFIG, {key: value for key, value in config.items() if value is not ...})
 
     return change
@@ -159,7 +160,7 @@ def test_model_info(kind: str, tmp_path: Path) -> None:
     save_checkpoint(kind, tmp_path)
     save_tokenizer(tmp_path)
     info = load(tmp_path).executor.model_info
-    assert info.type is parse_config(read_json(tmp_path / CONFIG)).type
+    assert info.type is parse_config(read_json(tmp_path / CONFIG, ModelError)).type
     assert info.num_parameters == sum(tensor.numel() for tensor in load_file(tmp_path / WEIGHTS).values())
     assert (info.num_layers, info.hidden_size, info.vocab_size) == (4, 64, VOCAB_SIZE)
     assert (info.max_model_len, info.dtype) == (512, DataType.FLOAT32)
@@ -217,7 +218,7 @@ def test_sampling_defaults(copy: Path) -> None:
 
 def test_model_type_alone(checkpoint: Path) -> None:
     """A config without architectures is told by its model_type."""
-    config = read_json(checkpoint / CONFIG)
+    config = read_json(checkpoint / CONFIG, ModelError)
     del config["architectures"]
     assert parse_config(config).type is ModelType.LLAMA
 
@@ -258,14 +259,14 @@ def older(config: dict[str, Any], *, type_key: str = "rope_type") -> dict[str, A
 def test_older_configs(kind: str, now: dict[str, Any], then: dict[str, Any], type_key: str, tmp_path: Path) -> None:
     """A config in the form of transformers 4 says the same as in today's."""
     save_checkpoint(kind, tmp_path, **now)
-    config = read_json(tmp_path / CONFIG)
+    config = read_json(tmp_path / CONFIG, ModelError)
     spec = parse_config(config)
     assert parse_config(older(config, type_key=type_key) | then) == spec
 
 
 def test_defaults_of_older_configs(gemma: Path) -> None:
     """Gemma 3 without a pattern has a full layer in every six; a rope that nothing is said of is the plain one."""
-    config = older(read_json(gemma / CONFIG)) | {"num_hidden_layers": 12}
+    config = older(read_json(gemma / CONFIG, ModelError)) | {"num_hidden_layers": 12}
     del config["_sliding_window_pattern"]
     layers = parse_config(config).layers
     assert [index for index, layer in enumerate(layers) if layer.window is None] == [5, 11]
@@ -399,7 +400,9 @@ def test_damaged_configs(copy: Path, changes: dict[str, Any], words: tuple[str, 
 def test_damaged_gemma_configs(gemma: Path, changes: dict[str, Any], words: tuple[str, ...]) -> None:
     """So is one that has sliding layers but no window, or half of the rope parameters."""
     with pytest.raises(ModelError) as caught:
-        parse_config({key: value for key, value in (read_json(gemma / CONFIG) | changes).items() if value is not ...})
+        parse_config(
+            {key: value for key, value in (read_json(gemma / CONFIG, ModelError) | changes).items() if value is not ...}
+        )
     assert all(word in str(caught.value) for word in words)
 
 
@@ -409,7 +412,7 @@ def test_damaged_gemma_configs(gemma: Path, changes: dict[str, Any], words: tupl
 def test_damaged_mixture_configs(mixture: Path, changes: dict[str, Any]) -> None:
     """So is one whose tokens are to see more experts than there are."""
     with pytest.raises(ModelError, match=CONFIG):
-        parse_config(read_json(mixture / CONFIG) | changes)
+        parse_config(read_json(mixture / CONFIG, ModelError) | changes)
 
 
 @pytest.mark.parametrize("name", [CONFIG, "generation_config.json"])
