@@ -9,8 +9,15 @@ import msgspec
 
 from ferrum_rt.interfaces.errors import InvalidFormat, Unsupported
 from ferrum_rt.interfaces.requests import is_token_ids
-from ferrum_rt.interfaces.types import ChatMessage, InferenceRequest, ResponseFormat, SamplingParams
-from ferrum_rt.ipc.messages import WireCall, WireChatMessage, WireRequest, WireSampling
+from ferrum_rt.interfaces.types import (
+    ChatMessage,
+    InferenceRequest,
+    RequestId,
+    ResponseFormat,
+    SamplingParams,
+    StreamChunk,
+)
+from ferrum_rt.ipc.messages import WireCall, WireChatMessage, WireChunk, WireRequest, WireSampling
 
 _ID_BYTES = 4
 # Fields that have the same name and form in SamplingParams and on the wire, and those of InferenceRequest.
@@ -62,6 +69,37 @@ def from_wire(wire: WireRequest) -> tuple[Any, dict[str, Any]]:
         tau, eta = wire.sampling.mirostat
         fields["mirostat"] = {"tau": tau, "eta": eta}
     return _prompt(prompts[0]), fields
+
+
+def chunk_to_wire(chunk: StreamChunk, request_id: str) -> WireChunk:
+    """Under the id that the client gave the request."""
+    return WireChunk(
+        request_id=request_id,
+        index=chunk.index,
+        text=chunk.text,
+        token_ids=chunk.token_ids,
+        logprobs=chunk.logprobs,
+        finish_reason=chunk.finish_reason,
+        usage=chunk.usage,
+        tool_calls=chunk.tool_calls,
+        prompt_logprobs=chunk.prompt_logprobs,
+        seed=chunk.seed,
+    )
+
+
+def chunk_from_wire(chunk: WireChunk, request_id: RequestId) -> StreamChunk:
+    return StreamChunk(
+        request_id=request_id,
+        index=chunk.index,
+        text=chunk.text,
+        token_ids=chunk.token_ids,
+        logprobs=chunk.logprobs,
+        finish_reason=chunk.finish_reason,
+        usage=chunk.usage,
+        tool_calls=chunk.tool_calls,
+        prompt_logprobs=chunk.prompt_logprobs,
+        seed=chunk.seed,
+    )
 
 
 def _prompt(part: str | bytes | list[WireChatMessage]) -> Any:
