@@ -37,6 +37,7 @@ from ferrum_rt.interfaces.types import (
     HealthStatus,
     InferenceRequest,
     InferenceResponse,
+    ModelInfo,
     Prompt,
     RequestCounts,
     RequestId,
@@ -174,6 +175,11 @@ class Runtime:
         """What the engine was opened with."""
         return self._config
 
+    @property
+    def model_info(self) -> ModelInfo:
+        """The loaded model."""
+        return self._model.executor.model_info
+
     async def infer(self, prompt: Prompt | InferenceRequest, **fields: Unpack[RequestFields]) -> InferenceResponse:
         """Generate to the end. Raises the request's FerrumError; cancelling this task cancels the request."""
         return await self._infer(build_request(prompt, fields))
@@ -278,6 +284,10 @@ class Runtime:
 
     async def status(self) -> EngineStatus:
         """A snapshot."""
+        return self.status_now()
+
+    def status_now(self) -> EngineStatus:
+        """The same, for those who cannot wait."""
         stats, executor = self._scheduler.statistics(), self._model.executor
         tokenizing = len(self._active) - stats.running - stats.waiting - stats.parked
         return EngineStatus(
@@ -296,6 +306,10 @@ class Runtime:
 
     async def health_check(self) -> HealthStatus:
         """Whether each component can do its work."""
+        return self.health_now()
+
+    def health_now(self) -> HealthStatus:
+        """The same, for those who cannot wait."""
         components = {
             "engine": _health(self._state is EngineState.READY, str(self._failure or f"state is {self._state.value}")),
             "executor": _health(self._executor_thread.is_alive, "its thread has stopped"),

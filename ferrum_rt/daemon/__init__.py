@@ -1,0 +1,1 @@
+"""The engine as a daemon on a Unix socket."""
