@@ -1,1 +1,1 @@
-"""The engine as a daemon on a Unix socket."""
+"""The daemon: an engine behind a Unix socket, in a process of its own."""

@@ -22,8 +22,8 @@ async def serve(
     limits: SessionLimits,
     task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve ``engine`` on a listening Unix socket, which stays the caller's, until cancelled; then every connection is told so
-    and closed."""
+    """Serve ``engine`` on a listening Unix socket, which stays the caller's, until cancelled; then every connection is told
+    so and closed."""
     sessions: set[Session] = set()
 
     def identify(transport: asyncio.BaseTransport) -> str:
