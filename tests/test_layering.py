@@ -207,3 +207,12 @@ print(json.dumps([[n for n in ferrum_rt.__all__ if getattr(ferrum_rt, n, None) i
     missing, listed = run_python(code)
     assert missing == []
     assert set(listed) >= set(ferrum_rt.__all__)
+
+
+def test_a_client_needs_no_torch() -> None:
+    """A process that imports the client has loaded neither torch nor the runtime."""
+    code = "import sys, ferrum_rt.ipc.client; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    assert "ferrum_rt.ipc.client" in loaded
+    assert not {"torch", "numpy", "ferrum_rt.runtime", "ferrum_rt.kernels"} & set(loaded)

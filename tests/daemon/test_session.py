@@ -1,16 +1,13 @@
 """One connection to the daemon, over a real socket, spoken to in frames."""
 
 import os
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import anyio
 import pytest
 
-from ferrum_rt.daemon.server import serve
 from ferrum_rt.daemon.session import SessionLimits
 from ferrum_rt.ipc.framing import encode, server_decoder
 from ferrum_rt.ipc.messages import (
@@ -32,8 +29,8 @@ from ferrum_rt.ipc.messages import (
     WireRequest,
     WireSampling,
 )
-from ferrum_rt.runtime.runtime import Runtime
-from tests.runtime.engines import fake_engine, text_after, until
+from tests.daemon.serving import daemon
+from tests.runtime.engines import text_after, until
 
 HELLO = Hello(version=1, client="test")
 
@@ -80,28 +77,6 @@ class Peer:
 
     async def hang_up(self) -> None:
         await self._stream.aclose()
-
-
-@asynccontextmanager
-async def daemon(
-    tmp_path: Path, *, limits: SessionLimits | None = None, uids: tuple[int, ...] = (os.getuid(),), **fake: Any
-) -> AsyncIterator[tuple[Runtime, Path]]:
-    path = tmp_path / "s"
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
-        listener.listen()
-        listener.setblocking(False)
-        async with fake_engine(**fake) as (engine, _):
-            async with anyio.create_task_group() as tasks:
-
-                async def run(*, task_status: anyio.abc.TaskStatus[None]) -> None:
-                    await serve(
-                        engine, listener, allowed_uids=uids, limits=limits or SessionLimits(), task_status=task_status
-                    )
-
-                await tasks.start(run)
-                yield engine, path
-                tasks.cancel_scope.cancel()
 
 
 @asynccontextmanager

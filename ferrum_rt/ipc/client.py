@@ -1,0 +1,412 @@
+"""The engine of a daemon, from another process: the same interface as in-process, over the socket. Needs no torch."""
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar, Unpack
+
+import anyio
+import msgspec
+from anyio.abc import SocketStream, TaskStatus
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+from ferrum_rt.interfaces.config import EngineConfig
+from ferrum_rt.interfaces.errors import (
+    Cancelled,
+    ConnectionLost,
+    EngineFailed,
+    FerrumError,
+    InvalidFormat,
+    NotFound,
+    ResourceExhausted,
+    error_classes,
+)
+from ferrum_rt.interfaces.requests import RequestFields, build_request
+from ferrum_rt.interfaces.responses import assemble
+from ferrum_rt.interfaces.types import (
+    EngineMetrics,
+    EngineStatus,
+    HealthStatus,
+    InferenceRequest,
+    InferenceResponse,
+    Prompt,
+    RequestMetrics,
+    StreamChunk,
+)
+from ferrum_rt.ipc.address import socket_path
+from ferrum_rt.ipc.convert import chunk_from_wire, to_wire
+from ferrum_rt.ipc.framing import encode, server_decoder
+from ferrum_rt.ipc.messages import (
+    VERSION,
+    Accepted,
+    Cancel,
+    Chunks,
+    ClientMessage,
+    Credit,
+    Failed,
+    Finished,
+    GoingAway,
+    Goodbye,
+    Hello,
+    Query,
+    Report,
+    ServerMessage,
+    Submit,
+    Welcome,
+)
+
+T = TypeVar("T")
+
+CONNECT_LIMIT_S = 10.0
+CREDIT = 64
+_SLACK = 16  # chunks of each output that can come after the credit is spent
+_METRICS = 0  # the number of the query that refreshes ``metrics()``
+_RECEIVE_BYTES = 65536
+
+
+def connect(path: str | Path | None = None) -> "Client":
+    """The engine of the daemon at ``path``, or at the user's own: ``async with connect() as engine``.
+
+    Opening it raises NotFound where no daemon listens, PermissionDenied where it does not want us, ConnectionLost where it
+    hangs up. Once the connection is lost every call raises ConnectionLost; open another to connect again.
+    """
+    return Client(socket_path(path))
+
+
+class Client:
+    """An InferenceEngine over a socket. Use it as an async context manager, in the task that opened it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._decoder = server_decoder()
+        self._replies: dict[str, _Reply] = {}
+        self._queries: dict[int, _Answer] = {}
+        self._outbox: list[ClientMessage] = []
+        self._has_mail, self._is_sent = anyio.Event(), anyio.Event()
+        self._lost: FerrumError | None = None
+        self._going_away: str | None = None
+        self._num_sent = 0
+        self._exit_stack = AsyncExitStack()
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> "Client":
+        async with AsyncExitStack() as stack:
+            try:
+                with anyio.fail_after(CONNECT_LIMIT_S):
+                    self._stream: SocketStream = await stack.enter_async_context(await anyio.connect_unix(self._path))
+                    await self._greet()
+            except TimeoutError as error:
+                raise ConnectionLost(f"{self._path}: the daemon did not answer within {CONNECT_LIMIT_S:g} s") from error
+            except (FileNotFoundError, ConnectionRefusedError) as error:
+                raise NotFound(f"no daemon listens at {self._path}; start one with: ferrum-rt serve") from error
+            except OSError as error:
+                raise ConnectionLost(f"{self._path}: {error.strerror or error}") from error
+            tasks = await stack.enter_async_context(anyio.create_task_group())
+            self._tasks_scope: anyio.CancelScope = await tasks.start(self._run, name="ferrum client")
+            self._exit_stack = stack.pop_all()
+        return self
+
+    async def _greet(self) -> None:
+        await self._stream.send(encode(Hello(version=VERSION, client="ferrum_rt")) + encode(_metrics_query()))
+        while True:
+            for message in self._decoder.feed(await self._receive()):
+                match message:
+                    case Welcome():
+                        self._config = msgspec.json.decode(message.config, type=EngineConfig)
+                        self._max_requests = message.limits.requests
+                    case Report():
+                        self._metrics = msgspec.json.decode(message.content, type=EngineMetrics)
+                        return
+                    case Failed():
+                        raise _error(message)
+
+    async def _receive(self) -> bytes:
+        try:
+            return await self._stream.receive(_RECEIVE_BYTES)
+        except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+            raise ConnectionLost(f"{self._path}: the daemon has closed the connection") from error
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            await self.shutdown()
+        finally:
+            self._tasks_scope.cancel()
+            await self._exit_stack.__aexit__(None, None, None)
+
+    async def shutdown(self) -> None:
+        """Leave: what is under way is cancelled, here and in the daemon, which goes on for others."""
+        if self._lost is None:
+            self._lose(Cancelled("the connection was closed by this process"))
+            with anyio.move_on_after(1, shield=True):
+                # If it cannot be said, hanging up says the same.
+                with suppress(anyio.BrokenResourceError, anyio.BusyResourceError, anyio.ClosedResourceError):
+                    await self._stream.send(encode(Goodbye()))
+            self._tasks_scope.cancel()
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> EngineConfig:
+        """What the daemon's engine was opened with."""
+        return self._config
+
+    async def infer(self, prompt: Prompt | InferenceRequest, **fields: Unpack[RequestFields]) -> InferenceResponse:
+        """Generate to the end. Raises the request's FerrumError; cancelling this task cancels the request."""
+        return await self._infer(build_request(prompt, fields))
+
+    @asynccontextmanager
+    async def infer_stream(
+        self, prompt: Prompt | InferenceRequest, **fields: Unpack[RequestFields]
+    ) -> AsyncIterator[AsyncIterator[StreamChunk]]:
+        """The request's chunks as they come; the last has a ``finish_reason``. Leaving the block cancels what is left."""
+        request = build_request(prompt, fields)
+        await self._wait_for_room()
+        with self._open(request) as reply:
+            yield reply
+
+    async def infer_batch(
+        self, prompts: Sequence[Prompt | InferenceRequest], **fields: Unpack[RequestFields]
+    ) -> list[InferenceResponse | FerrumError]:
+        """A response or an error for each prompt, in their order. Any number may be given: they are fed in as there is
+        room."""
+        results: list[InferenceResponse | FerrumError] = [EngineFailed("not run")] * len(prompts)
+        at_once = min(2 * self._config.scheduler.max_running_requests, self._max_requests)
+        limiter = anyio.CapacityLimiter(max(1, at_once))
+
+        async def run(index: int) -> None:
+            async with limiter:
+                try:
+                    results[index] = await self._infer(build_request(prompts[index], fields))
+                except FerrumError as error:
+                    results[index] = error
+
+        async with anyio.create_task_group() as tasks:
+            for index in range(len(prompts)):
+                tasks.start_soon(run, index)
+        return results
+
+    async def _infer(self, request: InferenceRequest) -> InferenceResponse:
+        await self._wait_for_room()
+        with self._open(request) as reply:
+            received = [chunk async for chunk in reply]
+            return assemble(received, reply.metrics)
+
+    @contextmanager
+    def _open(self, request: InferenceRequest) -> Iterator["_Reply"]:
+        if self._lost is not None:
+            raise _again(self._lost)
+        if self._going_away is not None:
+            raise Cancelled(f"the daemon takes no new requests: {self._going_away}")
+        self._num_sent += 1
+        wire_id = str(self._num_sent)
+        credit = CREDIT * request.sampling_params.n
+        submit = Submit(request_id=wire_id, request=to_wire(request), credit=credit)
+        encode(submit)  # what is too long for a frame is this request's fault, and not to be found out by the writer
+        reply = _Reply(self, wire_id, request, credit)
+        self._replies[wire_id] = reply
+        self.post(submit)
+        try:
+            yield reply
+        finally:
+            if self._replies.pop(wire_id, None) is not None:
+                self.post(Cancel(request_id=wire_id))
+            reply.abandon()
+
+    # -- reports ------------------------------------------------------------------------------------------------------
+
+    def metrics(self) -> EngineMetrics:
+        """The daemon's counters, as of this client's last answer or report."""
+        return self._metrics
+
+    async def status(self) -> EngineStatus:
+        """A snapshot of the daemon's engine."""
+        return msgspec.json.decode(await self._ask("status"), type=EngineStatus)
+
+    async def health_check(self) -> HealthStatus:
+        """Whether each component of the daemon's engine can do its work."""
+        return msgspec.json.decode(await self._ask("health"), type=HealthStatus)
+
+    async def _ask(self, kind: Any) -> str:
+        await self._wait_for_room()
+        if self._lost is not None:
+            raise _again(self._lost)
+        self._num_sent += 1
+        answer = self._queries[self._num_sent] = _Answer()
+        self.post(Query(query_id=self._num_sent, kind=kind), _metrics_query())
+        return await answer.wait()
+
+    # -- the connection -----------------------------------------------------------------------------------------------
+
+    def post(self, *messages: ClientMessage) -> None:
+        """Send soon. Synchronous, so that a cancellation cannot come between leaving a request and saying so."""
+        if self._lost is None:
+            self._outbox.extend(messages)
+            self._has_mail.set()
+
+    async def _wait_for_room(self) -> None:
+        """Until what was posted before is on its way: whoever adds to it waits here first."""
+        while self._outbox and self._lost is None:
+            await self._is_sent.wait()
+
+    async def _run(self, *, task_status: TaskStatus[anyio.CancelScope]) -> None:
+        """The tasks, in a group of their own: cancelling it does not touch the caller's task."""
+        try:
+            async with anyio.create_task_group() as tasks:
+                task_status.started(tasks.cancel_scope)
+                tasks.start_soon(self._write, name="ferrum client writer")
+                await self._read()
+                tasks.cancel_scope.cancel()
+        except* FerrumError as errors:
+            self._lose(_first(errors))
+
+    async def _write(self) -> None:
+        while True:
+            await self._has_mail.wait()
+            self._has_mail = anyio.Event()
+            frames = b"".join(map(encode, self._outbox))
+            self._outbox.clear()
+            try:
+                await self._stream.send(frames)
+            except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+                raise ConnectionLost(f"{self._path}: the daemon has closed the connection") from error
+            self._is_sent.set()
+            self._is_sent = anyio.Event()
+
+    async def _read(self) -> None:
+        while True:
+            for message in self._decoder.feed(await self._receive()):
+                self._handle(message)
+
+    def _handle(self, message: ServerMessage) -> None:
+        match message:
+            case Chunks():
+                for chunk in message.chunks:
+                    if (reply := self._replies.get(chunk.request_id)) is not None:
+                        reply.put(chunk_from_wire(chunk, reply.request.id))
+            case Finished():
+                if (reply := self._replies.pop(message.request_id, None)) is not None:
+                    reply.finish(message)
+                    self.post(_metrics_query())
+            case Failed() if message.request_id:
+                if (reply := self._replies.pop(message.request_id, None)) is not None:
+                    reply.put(_error(message))
+                    reply.close()
+            case Failed():
+                raise _error(message)
+            case Report() if message.query_id == _METRICS:
+                self._metrics = msgspec.json.decode(message.content, type=EngineMetrics)
+            case Report():
+                if (answer := self._queries.pop(message.query_id, None)) is not None:
+                    answer.settle(message.content)
+            case GoingAway():
+                self._going_away = message.reason
+            case Accepted() | Welcome():
+                pass
+
+    def _lose(self, error: FerrumError) -> None:
+        """Everybody who waits gets the error, and so does everybody who comes later."""
+        self._lost = error
+        for reply in self._replies.values():
+            reply.put(_again(error))
+            reply.close()
+        for answer in self._queries.values():
+            answer.settle(_again(error))
+        self._replies.clear()
+        self._queries.clear()
+        self._outbox.clear()
+        self._is_sent.set()
+
+
+class _Reply:
+    """A request's chunks on their way to their reader, who gives credit as it reads."""
+
+    def __init__(self, client: Client, wire_id: str, request: InferenceRequest, credit: int) -> None:
+        self.request = request
+        self.metrics: RequestMetrics | None = None
+        self._client, self._wire_id, self._credit = client, wire_id, credit
+        self._num_read = 0
+        self._send: MemoryObjectSendStream[StreamChunk | FerrumError]
+        self._receive: MemoryObjectReceiveStream[StreamChunk | FerrumError]
+        slack = _SLACK * request.sampling_params.n
+        self._send, self._receive = anyio.create_memory_object_stream(credit + slack)
+
+    def put(self, item: StreamChunk | FerrumError) -> None:
+        try:
+            self._send.send_nowait(item)
+        except anyio.WouldBlock as error:
+            raise InvalidFormat("the daemon sends more chunks than it was given credit for") from error
+
+    def finish(self, message: Finished) -> None:
+        self.metrics = RequestMetrics(queue_s=message.queue_s, ttft_s=message.ttft_s, total_s=message.total_s)
+        self.close()
+
+    def close(self) -> None:
+        """Whatever the reader has not taken yet stays for it."""
+        self._send.close()
+
+    def abandon(self) -> None:
+        self._send.close()
+        self._receive.close()
+
+    def __aiter__(self) -> "_Reply":
+        return self
+
+    async def __anext__(self) -> StreamChunk:
+        try:
+            item = await self._receive.receive()
+        except anyio.EndOfStream:
+            raise StopAsyncIteration from None
+        if isinstance(item, FerrumError):
+            raise item
+        self._num_read += 1
+        if self._num_read >= self._credit // 2 and item.finish_reason is None:
+            self._client.post(Credit(request_id=self._wire_id, chunks=self._num_read))
+            self._num_read = 0
+        return item
+
+
+class _Answer:
+    """What a query waits for."""
+
+    def __init__(self) -> None:
+        self._done = anyio.Event()
+        self._content: str | FerrumError = ""
+
+    def settle(self, content: str | FerrumError) -> None:
+        self._content = content
+        self._done.set()
+
+    async def wait(self) -> str:
+        await self._done.wait()
+        if isinstance(self._content, FerrumError):
+            raise self._content
+        return self._content
+
+
+def _metrics_query() -> Query:
+    return Query(query_id=_METRICS, kind="metrics")
+
+
+def _error(message: Failed) -> FerrumError:
+    """The error that the engine raised, of its own class."""
+    kind = error_classes().get(message.code, FerrumError)
+    if kind is ResourceExhausted:
+        return ResourceExhausted(message.message, message.retry_after or 1.0)
+    return kind(message.message)
+
+
+def _again(error: FerrumError) -> FerrumError:
+    """One for each who waits: an exception that several tasks raise would mix their tracebacks."""
+    return type(error)(*error.args)
+
+
+def _first(errors: BaseExceptionGroup[FerrumError]) -> FerrumError:
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, FerrumError)
+    return error

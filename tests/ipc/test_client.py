@@ -1,0 +1,236 @@
+"""The engine interface: one suite for the engine in this process and for a client of a daemon."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from ferrum_rt.interfaces.engine import InferenceEngine
+from ferrum_rt.interfaces.errors import (
+    BackendError,
+    Cancelled,
+    ConnectionLost,
+    DeadlineExceeded,
+    NotFound,
+    RequestValidationError,
+    Unsupported,
+)
+from ferrum_rt.interfaces.types import EngineState, FinishReason, InferenceResponse, RequestId, StreamChunk
+from ferrum_rt.ipc.client import CREDIT, connect
+from ferrum_rt.runtime.runtime import Runtime
+from tests.daemon.serving import daemon
+from tests.runtime.engines import fake_engine, text_after, until
+
+
+@asynccontextmanager
+async def opened(kind: str, tmp_path: Path, **fake: Any) -> AsyncIterator[tuple[InferenceEngine, Runtime]]:
+    """The engine as its callers have it, and the runtime behind it."""
+    if kind == "in-process":
+        async with fake_engine(**fake) as (engine, _):
+            yield engine, engine
+        return
+    async with daemon(tmp_path, **fake) as (engine, path), connect(path) as client:
+        yield client, engine
+
+
+both = pytest.mark.parametrize("kind", ["in-process", "client"])
+
+
+@both
+async def test_a_response_is_the_whole_answer(kind: str, tmp_path: Path) -> None:
+    """infer gives text, tokens, usage, reason, seed and times."""
+    async with opened(kind, tmp_path) as (engine, _):
+        response = await engine.infer("hello", max_tokens=20, id=RequestId("mine"), seed=7)
+    assert (response.request_id, response.text, response.seed) == ("mine", text_after("hello", 20), 7)
+    assert response.finish_reason is FinishReason.LENGTH
+    assert (response.usage.prompt_tokens, response.usage.completion_tokens) == (5, 20)
+    assert response.metrics is not None
+    assert 0 <= response.metrics.queue_s <= response.metrics.ttft_s <= response.metrics.total_s
+
+
+@both
+async def test_several_outputs_come_apart(kind: str, tmp_path: Path) -> None:
+    """n samples are n outputs."""
+    async with opened(kind, tmp_path) as (engine, _):
+        response = await engine.infer("x", n=3, max_tokens=5)
+    assert [output.index for output in response.outputs] == [0, 1, 2]
+    assert len({output.text for output in response.outputs}) == 3
+
+
+@both
+async def test_a_stream_adds_up_to_the_answer(kind: str, tmp_path: Path) -> None:
+    """Chunks come in order, more of them than any credit or capacity, and the last has the reason."""
+    async with opened(kind, tmp_path) as (engine, _):
+        async with engine.infer_stream("stream", max_tokens=5 * CREDIT) as chunks:
+            received = [chunk async for chunk in chunks]
+    assert "".join(chunk.text for chunk in received) == text_after("stream", 5 * CREDIT)
+    assert [chunk.finish_reason is not None for chunk in received] == [False] * (len(received) - 1) + [True]
+
+
+@both
+async def test_a_slow_reader_parks_its_own_request(kind: str, tmp_path: Path) -> None:
+    """A reader that stops is parked and others are answered; when it reads on it gets everything."""
+    async with opened(kind, tmp_path) as (engine, runtime):
+        async with engine.infer_stream("slow", max_tokens=600) as chunks:
+            first = await anext(chunks)
+            await until(lambda: runtime.status_now().requests.parked == 1)
+            assert (await engine.infer("quick", max_tokens=9)).text == text_after("quick", 9)
+            rest = [chunk async for chunk in chunks]
+    assert first.text + "".join(chunk.text for chunk in rest) == text_after("slow", 600)
+
+
+@both
+@pytest.mark.parametrize("at", [0, 1, 3, 10, 30])
+async def test_cancelling_the_task_cancels_the_request(kind: str, tmp_path: Path, at: int) -> None:
+    """Whenever the caller's task is cancelled, the request is gone and so are its pages."""
+    async with opened(kind, tmp_path, step_s=0.001) as (engine, runtime):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(lambda: engine.infer("x", max_tokens=900))
+            for _ in range(at):
+                await anyio.lowlevel.checkpoint()
+            tasks.cancel_scope.cancel()
+        await until(lambda: runtime.status_now().pages.active == 0 and not runtime.status_now().requests.running)
+        assert (await engine.infer("y", max_tokens=3)).text == text_after("y", 3)
+
+
+async def fail_within(engine: InferenceEngine) -> None:
+    async with engine.infer_stream("x", max_tokens=900) as chunks:
+        await anext(chunks)
+        raise ZeroDivisionError
+
+
+@both
+async def test_leaving_a_stream_cancels_the_rest(kind: str, tmp_path: Path) -> None:
+    """The block of infer_stream is the request's life; an error of the caller's in it comes out as it is."""
+    async with opened(kind, tmp_path, step_s=0.001) as (engine, runtime):
+        with pytest.raises(ZeroDivisionError):
+            await fail_within(engine)
+        await until(lambda: runtime.status_now().requests.cancelled == 1)
+        assert runtime.status_now().pages.active == 0
+
+
+@both
+async def test_errors_are_of_the_same_class(kind: str, tmp_path: Path) -> None:
+    """What is wrong with a request is raised as the engine raises it."""
+    async with opened(kind, tmp_path, fail_at={1}) as (engine, _):
+        with pytest.raises(TypeError, match="max_tokens"):
+            await engine.infer("x", max_tokenz=3)  # type: ignore[call-arg]
+        with pytest.raises(RequestValidationError, match="temperature"):
+            await engine.infer("x", temperature=-1)
+        with pytest.raises(RequestValidationError, match="max_model_len"):
+            await engine.infer("x" * 2000, max_tokens=10)
+        with pytest.raises(BackendError, match="told to fail"):
+            await engine.infer("x")
+
+
+@both
+async def test_a_deadline_ends_a_request(kind: str, tmp_path: Path) -> None:
+    """With output the output ends there; without any it is DeadlineExceeded."""
+    async with opened(kind, tmp_path, step_s=0.005) as (engine, _):
+        response = await engine.infer("x", max_tokens=900, deadline_s=0.1)
+        assert response.finish_reason is FinishReason.DEADLINE
+        with pytest.raises(DeadlineExceeded):
+            await engine.infer("x", max_tokens=900, deadline_s=1e-6)
+
+
+@both
+async def test_a_batch_gives_a_result_for_each(kind: str, tmp_path: Path) -> None:
+    """Answers and errors in the order of the prompts, of more prompts than run at once."""
+    prompts: list[Any] = [f"{n}" for n in range(300)]
+    prompts[7] = [10**6]
+    async with opened(kind, tmp_path) as (engine, _):
+        results = await engine.infer_batch(prompts, max_tokens=4)
+    assert isinstance(results[7], RequestValidationError)
+    for number, result in enumerate(results):
+        if number != 7:
+            assert isinstance(result, InferenceResponse)
+            assert result.text == text_after(f"{number}", 4)
+
+
+@both
+async def test_reports_tell_of_the_engine(kind: str, tmp_path: Path) -> None:
+    """config, status, metrics and health are the engine's own."""
+    async with opened(kind, tmp_path) as (engine, runtime):
+        await engine.infer("x", max_tokens=3)
+        status = await engine.status()
+        assert (status.state, status.requests.finished) == (EngineState.READY, 1)
+        assert status.pages == runtime.status_now().pages
+        assert (await engine.health_check()).healthy
+        assert engine.metrics().scheduler.generated_tokens == 3
+        assert engine.config == runtime.config
+
+
+async def test_a_callers_functions_do_not_travel(tmp_path: Path) -> None:
+    """A logits processor is refused by the client, before anything is sent."""
+
+    class Processor:
+        def apply(self, token_ids: list[int], logits: Any) -> Any:
+            return logits
+
+    async with opened("client", tmp_path) as (engine, _):
+        with pytest.raises(Unsupported, match="logits_processors"):
+            await engine.infer("x", logits_processors=[Processor()])
+        assert (await engine.infer("y", max_tokens=3)).text == text_after("y", 3)
+
+
+async def test_no_daemon_is_not_found(tmp_path: Path) -> None:
+    """Where nobody listens the error says so, and how to start one."""
+    with pytest.raises(NotFound, match="ferrum-rt serve"):
+        async with connect(tmp_path / "nobody"):
+            pass
+
+
+async def test_a_daemon_that_ends_tells_every_waiter(tmp_path: Path) -> None:
+    """Calls under way end with a typed error at once, and so does every later call."""
+    failed: list[BaseException] = []
+    stop = anyio.Event()
+
+    async def run(*, task_status: anyio.abc.TaskStatus[tuple[Runtime, Path]]) -> None:
+        async with daemon(tmp_path, step_s=0.001) as opened:
+            task_status.started(opened)
+            await stop.wait()
+
+    async def wait(engine: InferenceEngine, prompt: str) -> None:
+        try:
+            await engine.infer(prompt, max_tokens=900)
+        except (Cancelled, ConnectionLost) as error:
+            failed.append(error)
+
+    async with anyio.create_task_group() as tasks:
+        runtime, path = await tasks.start(run)
+        async with connect(path) as client:
+            async with anyio.create_task_group() as waiters:
+                for number in range(3):
+                    waiters.start_soon(wait, client, f"{number}")
+                await until(lambda: runtime.status_now().requests.running == 3)
+                stop.set()
+            assert len(failed) == 3
+            with pytest.raises((Cancelled, ConnectionLost)):
+                await client.infer("x")
+            with pytest.raises((Cancelled, ConnectionLost)):
+                await client.status()
+
+
+async def test_closing_a_client_ends_its_requests_alone(tmp_path: Path) -> None:
+    """A client that is closed under way cancels its own; the daemon and other clients go on."""
+    received: list[StreamChunk] = []
+    async with daemon(tmp_path, step_s=0.001) as (runtime, path), connect(path) as other:
+        async with anyio.create_task_group() as tasks:
+
+            async def read() -> None:
+                async with other.infer_stream("other", max_tokens=100) as chunks:
+                    received.extend([chunk async for chunk in chunks])
+
+            tasks.start_soon(read)
+            async with connect(path) as client:
+                async with client.infer_stream("x", max_tokens=900) as chunks:
+                    await anext(chunks)
+                    await client.shutdown()
+                    with pytest.raises(Cancelled):
+                        async for _ in chunks:
+                            pass
+            await until(lambda: runtime.status_now().requests.cancelled == 1)
+    assert "".join(chunk.text for chunk in received) == text_after("other", 100)
