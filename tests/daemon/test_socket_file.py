@@ -132,6 +132,7 @@ def race(path, start, result):
     try:
         with claim(path) as held:
             os.write(result, b"w")
+            signal.alarm(60)
             signal.pause()
     except ConfigError as error:
         os.write(result, b"l" if "another daemon serves it" in str(error) else str(error).encode())
@@ -173,10 +174,13 @@ def test_of_two_that_race_one_wins(path: Path) -> None:
 
 
 def test_a_stale_socket_is_replaced(path: Path) -> None:
-    """A socket of ours that nobody answers on gives way."""
+    """A socket of ours that nobody answers on gives way, and so does the pid in the lock file, of however many digits."""
     make_stale(path)
+    lock = path.with_name("default.sock.lock")
+    lock.write_text("4194303999\n")
     with claim(path):
         connect(path)
+        assert lock.read_text() == f"{os.getpid()}\n"
     assert not path.exists()
 
 
@@ -397,6 +401,7 @@ with claim(sys.argv[1]):
             print(f"pid {os.getpid()}" in str(error))
         survivor = os.fork()
         if survivor == 0:
+            signal.alarm(20)
             signal.pause()
 if leaver:
     with claim(sys.argv[1]):

@@ -47,7 +47,7 @@ else:
         "left": [name for name in os.environ if name.startswith("LISTEN_")],
     }
     for one in sockets:
-        one.setblocking(True)
+        one.settimeout(30)
         connection, _ = one.accept()
         connection.sendall(b"hello")
     print(json.dumps(report))
@@ -103,7 +103,7 @@ def test_sockets_of_systemd_are_taken_over(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("kind", ["tcp", "datagram", "connected", "not listening", "no socket"])
+@pytest.mark.parametrize("kind", ["tcp", "datagram", "packets", "connected", "not listening", "no socket"])
 def test_other_descriptors_are_refused_by_name(kind: str, tmp_path: Path) -> None:
     """A descriptor on which nobody could tell who connects, or that nobody can connect to, is an error that names it;
     the sockets are closed, and what is not one is left alone."""
@@ -114,6 +114,10 @@ def test_other_descriptors_are_refused_by_name(kind: str, tmp_path: Path) -> Non
             other = socket.create_server(("127.0.0.1", 0))
         elif kind == "datagram":
             other = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        elif kind == "packets":
+            other = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            other.bind("")
+            other.listen()
         elif kind == "connected":
             other, far = socket.socketpair()
             stack.enter_context(far)
