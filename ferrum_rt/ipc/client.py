@@ -1,14 +1,14 @@
 """The engine of a daemon, from another process: the same interface as in-process, over the socket. Needs no torch."""
 
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
 import anyio
 import msgspec
-from anyio.abc import SocketStream, TaskStatus
+from anyio.abc import TaskStatus
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from ferrum_rt.interfaces.config import EngineConfig
@@ -18,7 +18,6 @@ from ferrum_rt.interfaces.errors import (
     EngineFailed,
     FerrumError,
     InvalidFormat,
-    NotFound,
     ResourceExhausted,
     error_classes,
 )
@@ -35,6 +34,7 @@ from ferrum_rt.interfaces.types import (
     StreamChunk,
 )
 from ferrum_rt.ipc.address import socket_path
+from ferrum_rt.ipc.connection import Connection
 from ferrum_rt.ipc.convert import chunk_from_wire, to_wire
 from ferrum_rt.ipc.framing import encode, server_decoder
 from ferrum_rt.ipc.messages import (
@@ -59,10 +59,10 @@ from ferrum_rt.ipc.messages import (
 T = TypeVar("T")
 
 CONNECT_LIMIT_S = 10.0
+GOODBYE_LIMIT_S = 1.0
 CREDIT = 64
 _SLACK = 16  # chunks of each output that can come after the credit is spent
 _METRICS = 0  # the number of the query that refreshes ``metrics()``
-_RECEIVE_BYTES = 65536
 
 
 def connect(path: str | Path | None = None) -> "Client":
@@ -93,25 +93,22 @@ class Client:
 
     async def __aenter__(self) -> "Client":
         async with AsyncExitStack() as stack:
+            self._connection = stack.enter_context(closing(Connection(self._path)))
             try:
                 with anyio.fail_after(CONNECT_LIMIT_S):
-                    self._stream: SocketStream = await stack.enter_async_context(await anyio.connect_unix(self._path))
+                    await self._connection.open()
                     await self._greet()
             except TimeoutError as error:
                 raise ConnectionLost(f"{self._path}: the daemon did not answer within {CONNECT_LIMIT_S:g} s") from error
-            except (FileNotFoundError, ConnectionRefusedError) as error:
-                raise NotFound(f"no daemon listens at {self._path}; start one with: ferrum-rt serve") from error
-            except OSError as error:
-                raise ConnectionLost(f"{self._path}: {error.strerror or error}") from error
             tasks = await stack.enter_async_context(anyio.create_task_group())
             self._tasks_scope: anyio.CancelScope = await tasks.start(self._run, name="ferrum client")
             self._exit_stack = stack.pop_all()
         return self
 
     async def _greet(self) -> None:
-        await self._stream.send(encode(Hello(version=VERSION, client="ferrum_rt")) + encode(_metrics_query()))
+        await self._connection.send(encode(Hello(version=VERSION, client="ferrum_rt")) + encode(_metrics_query()))
         while True:
-            for message in self._decoder.feed(await self._receive()):
+            for message in self._decoder.feed(await self._connection.receive()):
                 match message:
                     case Welcome():
                         self._config = msgspec.json.decode(message.config, type=EngineConfig)
@@ -121,12 +118,6 @@ class Client:
                         return
                     case Failed():
                         raise _error(message)
-
-    async def _receive(self) -> bytes:
-        try:
-            return await self._stream.receive(_RECEIVE_BYTES)
-        except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
-            raise ConnectionLost(f"{self._path}: the daemon has closed the connection") from error
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -140,11 +131,10 @@ class Client:
     async def shutdown(self) -> None:
         """Leave: what is under way is cancelled, here and in the daemon, which goes on for others."""
         if self._lost is None:
+            self.post(Goodbye())
+            with anyio.move_on_after(GOODBYE_LIMIT_S, shield=True):
+                await self._wait_for_room()  # if it cannot be said, hanging up says the same
             self._lose(Cancelled("the connection was closed by this process"))
-            with anyio.move_on_after(1, shield=True):
-                # If it cannot be said, hanging up says the same.
-                with suppress(anyio.BrokenResourceError, anyio.BusyResourceError, anyio.ClosedResourceError):
-                    await self._stream.send(encode(Goodbye()))
             self._tasks_scope.cancel()
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -269,16 +259,13 @@ class Client:
             self._has_mail = anyio.Event()
             frames = b"".join(map(encode, self._outbox))
             self._outbox.clear()
-            try:
-                await self._stream.send(frames)
-            except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
-                raise ConnectionLost(f"{self._path}: the daemon has closed the connection") from error
+            await self._connection.send(frames)
             self._is_sent.set()
             self._is_sent = anyio.Event()
 
     async def _read(self) -> None:
         while True:
-            for message in self._decoder.feed(await self._receive()):
+            for message in self._decoder.feed(await self._connection.receive()):
                 self._handle(message)
 
     def _handle(self, message: ServerMessage) -> None:

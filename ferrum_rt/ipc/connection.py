@@ -1,0 +1,64 @@
+"""A Unix socket to a daemon, on whatever event loop anyio runs."""
+
+import socket
+from pathlib import Path
+
+import anyio
+
+from ferrum_rt.interfaces.errors import ConnectionLost, NotFound
+
+_RECEIVE_BYTES = 65536
+
+
+class Connection:
+    """One reader and one writer at a time. It waits for the socket with anyio and does the rest itself: anyio's own stream
+    reports an error to the host's event loop when a read is cancelled just as data comes (seen with 4.16)."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.setblocking(False)
+
+    async def open(self) -> None:
+        """Raises NotFound where no daemon listens, ConnectionLost where it cannot be reached."""
+        while True:
+            try:
+                self._socket.connect(str(self._path))
+                return
+            except (FileNotFoundError, ConnectionRefusedError) as error:
+                raise NotFound(f"no daemon listens at {self._path}; start one with: ferrum-rt serve") from error
+            except BlockingIOError:  # as many are waiting to be taken in as may
+                await anyio.sleep(0.01)
+            except OSError as error:
+                raise ConnectionLost(f"{self._path}: {error.strerror}") from error
+
+    async def receive(self) -> bytes:
+        """What has come, at least a byte. Raises ConnectionLost."""
+        while True:
+            try:
+                data = self._socket.recv(_RECEIVE_BYTES)
+            except BlockingIOError:
+                await anyio.wait_readable(self._socket)
+                continue
+            except OSError as error:
+                raise self._lost() from error
+            if not data:
+                raise self._lost()
+            return data
+
+    async def send(self, data: bytes) -> None:
+        """Until the last byte is on its way. Raises ConnectionLost."""
+        left = memoryview(data)
+        while left:
+            try:
+                left = left[self._socket.send(left) :]
+            except BlockingIOError:
+                await anyio.wait_writable(self._socket)
+            except OSError as error:
+                raise self._lost() from error
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _lost(self) -> ConnectionLost:
+        return ConnectionLost(f"{self._path}: the daemon has closed the connection")
