@@ -3,14 +3,14 @@
 import asyncio
 import os
 import socket
-import struct
 from collections.abc import Collection
 
 import anyio
 from anyio.abc import TaskStatus
 
 from ferrum_rt.daemon.session import Session, SessionLimits
-from ferrum_rt.interfaces.errors import Cancelled, PermissionDenied
+from ferrum_rt.daemon.socket_file import check_peer, peer
+from ferrum_rt.interfaces.errors import Cancelled
 from ferrum_rt.runtime.runtime import Runtime
 
 
@@ -27,10 +27,11 @@ async def serve(
     sessions: set[Session] = set()
 
     def identify(transport: asyncio.BaseTransport) -> str:
-        uid = _peer_uid(transport)
-        if uid not in allowed_uids:
-            raise PermissionDenied(f"uid {uid} may not use this daemon")
-        return f"uid {uid}"
+        # A copy, for what a transport shows of its socket is not the whole of it on every event loop.
+        with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as connection:
+            who = peer(connection)
+        check_peer(who, allowed_uids)
+        return f"uid {who.uid}"
 
     def connect() -> Session:
         session = Session(engine, identify, limits, sessions.discard)
@@ -45,12 +46,3 @@ async def serve(
         server.close()
         for session in list(sessions):
             session.cut(Cancelled("the daemon is shutting down"))
-
-
-def _peer_uid(transport: asyncio.BaseTransport) -> int:
-    """Of the process that connected (SO_PEERCRED, unix(7))."""
-    file = os.dup(transport.get_extra_info("socket").fileno())
-    with socket.socket(fileno=file) as peer:
-        credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, _ = struct.unpack("3i", credentials)
-    return int(uid)

@@ -22,7 +22,7 @@ from ferrum_rt.interfaces.errors import (
 from ferrum_rt.interfaces.requests import build_request
 from ferrum_rt.interfaces.types import StreamChunk
 from ferrum_rt.ipc.convert import chunk_to_wire, from_wire
-from ferrum_rt.ipc.framing import client_decoder, encode
+from ferrum_rt.ipc.framing import MAX_FRAME_BYTES, client_decoder, encode
 from ferrum_rt.ipc.messages import (
     VERSION,
     Accepted,
@@ -32,7 +32,6 @@ from ferrum_rt.ipc.messages import (
     Credit,
     Failed,
     Finished,
-    GoingAway,
     Goodbye,
     Hello,
     Limits,
@@ -56,7 +55,7 @@ _numbers = itertools.count(1)
 class SessionLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Of one connection: bytes in a frame, requests at once, and bytes that may wait for it to read."""
 
-    frame_bytes: int = 4 * 1024 * 1024
+    frame_bytes: int = MAX_FRAME_BYTES
     requests: int = 256
     output_bytes: int = 16 * 1024 * 1024
 
@@ -136,10 +135,6 @@ class Session(asyncio.Protocol):
         self._transport: asyncio.Transport
         self._timer: asyncio.TimerHandle
 
-    @property
-    def num_requests(self) -> int:
-        return len(self._sinks)
-
     # -- the connection -----------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -183,10 +178,6 @@ class Session(asyncio.Protocol):
         self._transport.write(self._take_frames())
         self._transport.close()
         self._timer = self._loop.call_later(CLOSE_LIMIT_S, self._transport.abort)
-
-    def go_away(self, reason: str, drain_s: float) -> None:
-        """No new requests are taken; those under way go on."""
-        self._send(GoingAway(reason=reason, drain_s=drain_s))
 
     def _refuse_silence(self) -> None:
         self.cut(InvalidFormat(f"no hello came within {HELLO_LIMIT_S:g} s"))

@@ -103,6 +103,13 @@ class EngineFailed(FerrumError):
     code = "engine_failed"
 
 
+def first_of(error: BaseException) -> BaseException:
+    """The error itself, out of the groups that task groups wrap it in."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 def error_classes() -> dict[str, type[FerrumError]]:
     """Every error class by its code, so that the client can raise what the engine raised."""
     classes: list[type[FerrumError]] = [FerrumError, *FerrumError.__subclasses__()]

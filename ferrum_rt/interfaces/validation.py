@@ -310,6 +310,7 @@ def _response_format(name: str, value: Any) -> ResponseFormat:
         text(name, definition, MAX_DEFINITION_LENGTH)
     else:
         refuse(name, "the schema, a dict or its text" if kind == "json_schema" else f"the {kind}, text", kind_of(definition))
+    # mypy does not see that being among _HAS_DEFINITION makes a string one of the literals.
     return ResponseFormat(type=kind, definition=definition)  # type: ignore[arg-type]
 
 
@@ -380,7 +381,7 @@ def _tool_choice(name: str, value: Any) -> ToolChoice:
     if isinstance(value, str):
         if value not in ("none", "auto", "required"):
             refuse(name, "'none', 'auto', 'required' or a NamedTool", shown(value))
-        return value  # type: ignore[return-value]
+        return value  # type: ignore[return-value]  # nor does it narrow a string by ``not in``
     function = fields_of(f"{name}.function", function_of(name, value, NamedTool), FunctionName)
     return NamedTool(function=FunctionName(name=_function_name(f"{name}.function.name", function.get("name"))))
 

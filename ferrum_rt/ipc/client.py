@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar, Unpack
+from typing import Any, Unpack
 
 import anyio
 import msgspec
@@ -20,6 +20,7 @@ from ferrum_rt.interfaces.errors import (
     InvalidFormat,
     ResourceExhausted,
     error_classes,
+    first_of,
 )
 from ferrum_rt.interfaces.requests import RequestFields, build_request
 from ferrum_rt.interfaces.responses import assemble
@@ -56,8 +57,6 @@ from ferrum_rt.ipc.messages import (
     Welcome,
 )
 
-T = TypeVar("T")
-
 CONNECT_LIMIT_S = 10.0
 GOODBYE_LIMIT_S = 1.0
 CREDIT = 64
@@ -82,7 +81,7 @@ class Client:
         self._decoder = server_decoder()
         self._replies: dict[str, _Reply] = {}
         self._queries: dict[int, _Answer] = {}
-        self._outbox: list[ClientMessage] = []
+        self._outbox = bytearray()
         self._has_mail, self._is_sent = anyio.Event(), anyio.Event()
         self._lost: FerrumError | None = None
         self._going_away: str | None = None
@@ -194,11 +193,8 @@ class Client:
         self._num_sent += 1
         wire_id = str(self._num_sent)
         credit = CREDIT * request.sampling_params.n
-        submit = Submit(request_id=wire_id, request=to_wire(request), credit=credit)
-        encode(submit)  # what is too long for a frame is this request's fault, and not to be found out by the writer
-        reply = _Reply(self, wire_id, request, credit)
-        self._replies[wire_id] = reply
-        self.post(submit)
+        self.post(Submit(request_id=wire_id, request=to_wire(request), credit=credit))
+        reply = self._replies[wire_id] = _Reply(self, wire_id, request, credit)
         try:
             yield reply
         finally:
@@ -232,9 +228,10 @@ class Client:
     # -- the connection -----------------------------------------------------------------------------------------------
 
     def post(self, *messages: ClientMessage) -> None:
-        """Send soon. Synchronous, so that a cancellation cannot come between leaving a request and saying so."""
+        """Send soon. Synchronous, so that a cancellation cannot come between leaving a request and saying so. Raises
+        InvalidFormat, with nothing sent, for what is too long for a frame."""
         if self._lost is None:
-            self._outbox.extend(messages)
+            self._outbox += b"".join(map(encode, messages))
             self._has_mail.set()
 
     async def _wait_for_room(self) -> None:
@@ -251,13 +248,15 @@ class Client:
                 await self._read()
                 tasks.cancel_scope.cancel()
         except* FerrumError as errors:
-            self._lose(_first(errors))
+            error = first_of(errors)
+            assert isinstance(error, FerrumError)  # that is what the group is of
+            self._lose(error)
 
     async def _write(self) -> None:
         while True:
             await self._has_mail.wait()
             self._has_mail = anyio.Event()
-            frames = b"".join(map(encode, self._outbox))
+            frames = bytes(self._outbox)
             self._outbox.clear()
             await self._connection.send(frames)
             self._is_sent.set()
@@ -389,11 +388,3 @@ def _error(message: Failed) -> FerrumError:
 def _again(error: FerrumError) -> FerrumError:
     """One for each who waits: an exception that several tasks raise would mix their tracebacks."""
     return type(error)(*error.args)
-
-
-def _first(errors: BaseExceptionGroup[FerrumError]) -> FerrumError:
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, FerrumError)
-    return error

@@ -1,7 +1,7 @@
 """Messages to bytes and back: a length of four bytes, little-endian, then one message in msgpack."""
 
 from collections.abc import Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -34,8 +34,9 @@ class FrameDecoder(Generic[T]):
     """Puts the messages together that come in pieces. It holds one unfinished frame at most, and takes no room for bytes
     that a length only promises."""
 
-    def __init__(self, kind: type[T], max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
-        self._decoder = msgspec.msgpack.Decoder(kind)
+    def __init__(self, kind: Any, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
+        """``kind`` is T, which may be a union of types."""
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kind)
         self._max_frame_bytes = max_frame_bytes
         self._held = bytearray()
 
@@ -82,9 +83,9 @@ class FrameDecoder(Generic[T]):
 
 def client_decoder(max_frame_bytes: int = MAX_FRAME_BYTES) -> FrameDecoder[ClientMessage]:
     """What the daemon reads with."""
-    return FrameDecoder(ClientMessage, max_frame_bytes)  # type: ignore[arg-type]
+    return FrameDecoder(ClientMessage, max_frame_bytes)
 
 
 def server_decoder(max_frame_bytes: int = MAX_FRAME_BYTES) -> FrameDecoder[ServerMessage]:
     """What a client reads with."""
-    return FrameDecoder(ServerMessage, max_frame_bytes)  # type: ignore[arg-type]
+    return FrameDecoder(ServerMessage, max_frame_bytes)

@@ -150,6 +150,14 @@ def append(pages: KvLayer[Tensor], kv: Tensor, kv_slots: Tensor) -> None:
     _bytes(pages.data).index_copy_(0, kv_slots, _bytes(kv.to(pages.data.dtype)))
 
 
+def copy(pages: KvLayer[Tensor], sources: Tensor, targets: Tensor) -> None:
+    """Rows ``targets`` [M] of the pages become what rows ``sources`` [M] are."""
+    data = _bytes(pages.data)
+    data.index_copy_(0, targets, data.index_select(0, sources))
+    if pages.scales is not None:
+        pages.scales.index_copy_(0, targets, pages.scales.index_select(0, sources))
+
+
 def _bytes(x: Tensor) -> Tensor:
     """fp8 has no indexing of its own; its bytes have."""
     return x.view(torch.uint8) if x.itemsize == 1 else x

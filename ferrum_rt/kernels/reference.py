@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ferrum_rt.interfaces.tensor import KvLayer
-from ferrum_rt.kernels.attention import append, attend, plan_attention
+from ferrum_rt.kernels.attention import append, attend, copy, plan_attention
 from ferrum_rt.kernels.batch import TokenBatch
 
 
@@ -77,12 +77,7 @@ class ReferenceOps:
         append(layer, kv, kv_slots)
 
     def copy_kv(self, layer: KvLayer[Tensor], sources: Tensor, targets: Tensor) -> None:
-        data = (
-            layer.data.view(torch.int8) if layer.data.dtype == torch.float8_e4m3fn else layer.data
-        )  # no index_copy_ for it
-        data[targets] = data[sources]
-        if layer.scales is not None:
-            layer.scales[targets] = layer.scales[sources]
+        copy(layer, sources, targets)
 
     def attention(
         self,

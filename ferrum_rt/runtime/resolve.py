@@ -11,7 +11,7 @@ from ferrum_rt.interfaces.requests import is_token_ids
 from ferrum_rt.interfaces.sampler import SamplingConfig
 from ferrum_rt.interfaces.scheduler import SequenceRequest
 from ferrum_rt.interfaces.tokenizer import Tokenizer
-from ferrum_rt.interfaces.types import ChatMessage, InferenceRequest, SamplingParams, TokenId
+from ferrum_rt.interfaces.types import ChatMessage, InferenceRequest, Prompt, SamplingParams, TokenId
 from ferrum_rt.runtime.loader import LoadedModel
 from ferrum_rt.runtime.tool_calls import tool_constraint
 
@@ -27,27 +27,33 @@ class EncodedRequest(msgspec.Struct, frozen=True):
 def encode(request: InferenceRequest, model: LoadedModel, config: EngineConfig) -> EncodedRequest:
     """Call it off the event loop, unless ``has_text`` says that there is none. Raises TokenizerError, and
     RequestValidationError for what the model's chat template refuses or token ids that the model does not have."""
-    prompt, tokenizer, params = request.prompt, model.tokenizer, request.sampling_params
+    bad_words = request.sampling_params.bad_words
     if not has_text(request):
-        token_ids = [TokenId(token) for token in prompt if isinstance(token, int)]
-        last = model.executor.model_info.vocab_size - 1
-        if (highest := max(token_ids)) > last:
-            raise RequestValidationError(f"prompt holds the token id {highest}, but the model's vocabulary ends at {last}")
-        return EncodedRequest(request, token_ids)
+        return EncodedRequest(request, _known_ids(request.prompt, model))
+    tokenizer = model.tokenizer
     if tokenizer is None:
         raise RequestValidationError("prompt: this model was loaded without a tokenizer; send token ids, and no bad_words")
-    if isinstance(prompt, str):
+    if isinstance(request.prompt, str):
         token_ids = tokenizer.encode_batch(
-            [prompt],
+            [request.prompt],
             add_special_tokens=config.model.tokenizer.add_special_tokens,
             parse_special_tokens=request.parse_special_tokens,
         )[0]
-    elif is_token_ids(prompt):
-        token_ids = [TokenId(token) for token in prompt if isinstance(token, int)]
+    elif is_token_ids(request.prompt):
+        token_ids = _known_ids(request.prompt, model)
     else:
-        messages = [message for message in prompt if isinstance(message, ChatMessage)]
+        messages = [message for message in request.prompt if isinstance(message, ChatMessage)]
         token_ids = tokenizer.encode_chat(messages, () if request.tool_choice == "none" else request.tools)
-    return EncodedRequest(request, token_ids, _encode_words(params.bad_words or (), tokenizer))
+    return EncodedRequest(request, token_ids, _encode_words(bad_words or (), tokenizer))
+
+
+def _known_ids(prompt: Prompt, model: LoadedModel) -> list[TokenId]:
+    """A prompt of token ids, all of which the model has."""
+    token_ids = [TokenId(token) for token in prompt if isinstance(token, int)]
+    last = model.executor.model_info.vocab_size - 1
+    if (highest := max(token_ids)) > last:
+        raise RequestValidationError(f"prompt holds the token id {highest}, but the model's vocabulary ends at {last}")
+    return token_ids
 
 
 def has_text(request: InferenceRequest) -> bool:

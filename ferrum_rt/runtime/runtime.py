@@ -23,6 +23,7 @@ from ferrum_rt.interfaces.errors import (
     RequestValidationError,
     ResourceExhausted,
     TokenizerError,
+    first_of,
 )
 from ferrum_rt.interfaces.grammar import Grammar
 from ferrum_rt.interfaces.requests import RequestFields, build_request, check_vocabulary
@@ -424,7 +425,7 @@ class Runtime:
 
     def _break(self, error: Exception) -> None:
         """The engine is lost: every request ends with EngineFailed, and so does every later one."""
-        self._failure = EngineFailed(f"the engine met an internal fault: {_first(error)!r}")
+        self._failure = EngineFailed(f"the engine met an internal fault: {first_of(error)!r}")
         self._failure.__cause__ = error
         self._state = EngineState.FAILED
         self._tasks_scope.cancel()
@@ -443,13 +444,6 @@ class Runtime:
     def _mean_request_s(self) -> float:
         """What a request has taken of the engine's time so far, as a guess of when one of them ends."""
         return self._engine.counters.step_s / max(1, self._counts["finished"]) or 1.0
-
-
-def _first(error: Exception) -> Exception:
-    """The error itself, out of the groups that task groups wrap it in."""
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 def _failure(kind: type[FerrumError], what: str, error: Exception) -> FerrumError:

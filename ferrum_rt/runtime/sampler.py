@@ -44,11 +44,12 @@ class BatchSampler:
         self._num_slots, self._vocab_size, self._device = num_slots, vocab_size, device
         self._processors = Processors(num_slots, vocab_size, max_model_len, device)
         self._configs = [SamplingConfig()] * num_slots
+        self._groups = [_Group.SIMPLE] * num_slots
         self._mirostat_mu = [math.inf] * num_slots
         self._workspace: Tensor | None = None
 
     def assign(self, slot: int, config: SamplingConfig, history: SequenceHistory) -> None:
-        self._configs[slot] = config
+        self._configs[slot], self._groups[slot] = config, _group(config)
         if config.mirostat is None:
             self._mirostat_mu[slot] = math.inf
         else:
@@ -61,7 +62,7 @@ class BatchSampler:
     def sample(self, logits: Tensor, context: SamplingContext) -> list[SampledToken]:
         """A token per row of ``logits`` [rows, vocabulary], which are left as they are."""
         configs = [self._configs[slot] for slot in context.slots]
-        groups = [_group(config) for config in configs]
+        groups = [self._groups[slot] for slot in context.slots]
         tokens: list[TokenId | None] = [None] * len(groups)
         errors: dict[int, FerrumError] = {}
         if _Group.SIMPLE in groups:
@@ -112,7 +113,7 @@ class BatchSampler:
 
         slots = [context.slots[row] for row in rows]
         configs = [self._configs[slot] for slot in slots]
-        groups = [_group(config) for config in configs]
+        groups = [self._groups[slot] for slot in slots]
         draws = uniform(
             self._tensor([config.seed for config in configs]),
             self._tensor([context.positions[row] for row in rows]),

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ferrum_rt.kernels.batch import allocate_pages
 from ferrum_rt.kernels.cpu import CpuOps
 from ferrum_rt.kernels.reference import ReferenceOps
 
@@ -129,3 +130,20 @@ def test_embed_gather_and_soft_cap(ops: ReferenceOps, dtype: torch.dtype) -> Non
     expected = 1.5 * torch.tanh(picked.double() / 1.5)
     ops.soft_cap(picked, 1.5)
     close(picked, expected)
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8], ids=str)
+def test_copy_kv(ops: ReferenceOps, dtype: torch.dtype) -> None:
+    """The target rows hold bit for bit what the sources hold, scales too, and no other row changes."""
+    layer = allocate_pages(8, 2, 4, dtype, "cpu")
+    ops.append_kv(layer, random(8, 2, 2, 4, dtype=torch.float32), torch.arange(8))
+    before = layer.data.view(torch.uint8).clone(), None if layer.scales is None else layer.scales.clone()
+    ops.copy_kv(layer, torch.tensor([1, 6]), torch.tensor([4, 3]))
+    rows = torch.tensor([0, 1, 2, 6, 1, 5, 6, 7])
+    assert torch.equal(layer.data.view(torch.uint8), before[0][rows])
+    if layer.scales is not None:
+        assert before[1] is not None
+        assert torch.equal(layer.scales, before[1][rows])
+    else:
+        assert dtype != torch.int8

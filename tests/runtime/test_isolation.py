@@ -102,3 +102,12 @@ async def test_a_fault_in_one_request_is_no_others(prompt: str, fields: Any, kin
         assert (await engine.health_check()).healthy
     assert sorted(texts) == sorted(text_after(f"prompt {number}", 20) for number in range(5))
     assert (status.requests.failed, status.requests.finished, status.pages.active) == (1, 5, 0)
+
+
+@pytest.mark.parametrize("fields", [{}, {"bad_words": ["x"]}], ids=["alone", "with bad words"])
+async def test_a_token_id_that_the_model_lacks_is_no_others_trouble(fields: Any) -> None:
+    """Such an id is refused before it can reach a step, whatever else the request has."""
+    async with cracked_engine() as engine:
+        with pytest.raises(RequestValidationError, match="vocabulary"):
+            await engine.infer([1, 10**6], max_tokens=3, **fields)
+        assert engine.metrics().steps == 0
