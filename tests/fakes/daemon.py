@@ -1,7 +1,7 @@
 """A daemon over the fake executor, in a process of its own: ``python -m tests.fakes.daemon SOCKET OPTIONS``.
 
-OPTIONS is a JSON object of FakeExecutor's arguments, and ``config``, the parts of an EngineConfig. It writes a line to standard
-output when it serves, and ends at SIGTERM.
+OPTIONS is a JSON object of FakeExecutor's arguments, and ``config``, the parts of an EngineConfig. It writes a line to its
+standard output when it serves, and ends at SIGTERM.
 """
 
 import contextlib
