@@ -9,6 +9,7 @@ from ferrum_rt.cli.doctor import doctor
 from ferrum_rt.cli.options import add_engine_options, add_json_option, add_model_option, add_sampling_options
 from ferrum_rt.cli.output import discard_stdout, report_error
 from ferrum_rt.cli.run import run
+from ferrum_rt.cli.serve import add_serve_options, serve
 from ferrum_rt.interfaces.errors import FerrumError
 
 ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -26,8 +27,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 when done, 1 when doctor finds a fault, 2 after an error, and what a
-    shell reports for a program that Ctrl-C (130) or a closed pipe (141) ended. --help and --version raise SystemExit."""
+    """Run one command and return its exit status: 0 when done, 1 when doctor finds a fault or a daemon's engine failed, 2
+    after an error, and what a shell reports for a program that Ctrl-C (130) or a closed pipe (141) ended. --help and
+    --version raise SystemExit."""
     try:
         try:
             arguments = _parser().parse_args(argv)
@@ -65,6 +67,10 @@ def _parser() -> Parser:
     add_engine_options(sub)
     add_sampling_options(sub)
     sub.set_defaults(command=chat)
+
+    sub = commands.add_parser("serve", help="let other processes use a model", allow_abbrev=False)
+    add_serve_options(sub)
+    sub.set_defaults(command=serve)
 
     sub = commands.add_parser("doctor", help="show what is installed, and try it", allow_abbrev=False)
     add_model_option(sub)

@@ -44,7 +44,12 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 def engine_config(arguments: argparse.Namespace) -> EngineConfig:
     """Raises ConfigError."""
     base = None if arguments.config is None else load_config(arguments.config)
-    return build_config(arguments.model, base, _given(arguments, _ENGINE) | {"monitoring": {"progress": True}})
+    return build_config(arguments.model, base, engine_fields(arguments))
+
+
+def engine_fields(arguments: argparse.Namespace) -> dict[str, object]:
+    """The keywords of open_runtime that were given as options, and a bar for the person at the terminal."""
+    return _given(arguments, _ENGINE) | {"monitoring": {"progress": True}}
 
 
 def sampling_params(arguments: argparse.Namespace) -> SamplingParams:

@@ -5,23 +5,28 @@ step brings for a connection leave in one frame, written once.
 """
 
 import asyncio
+import enum
 import itertools
+import logging
 from collections.abc import Callable
+from itertools import islice
 from typing import cast
 
 import msgspec
 
+from ferrum_rt.daemon.config import DaemonLimits
+from ferrum_rt.daemon.users import Cost, User
 from ferrum_rt.interfaces.errors import (
     Cancelled,
     FerrumError,
     InvalidFormat,
-    PermissionDenied,
+    RequestValidationError,
     ResourceExhausted,
     Unsupported,
 )
-from ferrum_rt.interfaces.requests import build_request
-from ferrum_rt.interfaces.types import StreamChunk
-from ferrum_rt.ipc.convert import chunk_to_wire, from_wire
+from ferrum_rt.interfaces.requests import build_request, is_token_ids
+from ferrum_rt.interfaces.types import InferenceRequest, StreamChunk
+from ferrum_rt.ipc.convert import chunk_to_wire, from_wire, num_packed
 from ferrum_rt.ipc.framing import MAX_FRAME_BYTES, client_decoder, encode
 from ferrum_rt.ipc.messages import (
     VERSION,
@@ -41,6 +46,7 @@ from ferrum_rt.ipc.messages import (
     Submit,
     Welcome,
     WireChunk,
+    WireRequest,
 )
 from ferrum_rt.runtime.generation import Generation
 from ferrum_rt.runtime.runtime import Runtime
@@ -48,24 +54,29 @@ from ferrum_rt.runtime.runtime import Runtime
 HELLO_LIMIT_S = 5.0
 CLOSE_LIMIT_S = 5.0
 MAX_CREDIT = 1_000_000
+# Messages of one connection that are handled before the others have their turn.
+_HANDLE_AT_ONCE = 16
 
+_log = logging.getLogger(__name__)
 _numbers = itertools.count(1)
 
 
-class SessionLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """Of one connection: bytes in a frame, requests at once, and bytes that may wait for it to read."""
+class _State(enum.Enum):
+    """Of a connection; it goes down this list, and may leave out."""
 
-    frame_bytes: int = MAX_FRAME_BYTES
-    requests: int = 256
-    output_bytes: int = 16 * 1024 * 1024
+    GREETING = enum.auto()
+    OPEN = enum.auto()
+    CLOSING = enum.auto()
+    LOST = enum.auto()
 
 
 class _WireSink:
     """The ChunkSink of one request: its room is the client's credit."""
 
-    def __init__(self, session: "Session", request_id: str, credit: int) -> None:
+    def __init__(self, session: "Session", request_id: str, credit: int, cost: Cost) -> None:
         self.generation: Generation | None = None
         self.credit = credit
+        self.cost = cost
         self._session, self._request_id = session, request_id
         self._error: FerrumError | None = None
 
@@ -76,9 +87,12 @@ class _WireSink:
     def put(self, item: StreamChunk | FerrumError) -> None:
         if isinstance(item, FerrumError):
             self._error = item
-        else:
-            self.credit -= 1
-            self._session.send_chunk(chunk_to_wire(item, self._request_id))
+            return
+        chunk = chunk_to_wire(item, self._request_id)
+        if chunk.prompt_logprobs is not None:  # alone in what it carries at once
+            _check_fits(chunk)
+        self.credit -= 1
+        self._session.send_chunk(chunk)
 
     def cancel(self, error: FerrumError) -> None:
         """End the request, if it has not ended; the client is told why."""
@@ -90,11 +104,12 @@ class _WireSink:
     def close(self) -> None:
         assert self.generation is not None  # only an admitted request is closed
         if self._error is not None:
-            self._session.end(self._request_id, failure(self._error, self._request_id))
+            self._session.end(self._request_id, self, failure(self._error, self._request_id))
             return
         metrics = self.generation.metrics()
         self._session.end(
             self._request_id,
+            self,
             Finished(
                 request_id=self._request_id,
                 queue_s=metrics.queue_s,
@@ -104,92 +119,167 @@ class _WireSink:
         )
 
 
+def _check_fits(chunk: WireChunk) -> None:
+    try:
+        encode(Chunks(chunks=[chunk]))
+    except InvalidFormat as error:
+        raise ResourceExhausted(
+            f"prompt_logprobs: those of this prompt take more than the {MAX_FRAME_BYTES} bytes of a frame; ask for "
+            "fewer, or for a part of the prompt at a time"
+        ) from error
+
+
 def failure(error: FerrumError, request_id: str = "") -> Failed:
     """The message for an error."""
     retry_after = error.retry_after if isinstance(error, ResourceExhausted) else None
     return Failed(request_id=request_id, code=error.code, message=str(error), retry_after=retry_after)
 
 
-class Session(asyncio.Protocol):
-    """``identify`` says whose connection it is, before a byte is read; it raises PermissionDenied for one that may not be.
-    Prefixes are shared among one owner's requests alone. ``on_lost`` is called once, when the connection is gone."""
+class _Stall:
+    """For how long something that is waited for has not moved."""
 
-    def __init__(
-        self,
-        engine: Runtime,
-        identify: Callable[[asyncio.BaseTransport], str],
-        limits: SessionLimits,
-        on_lost: Callable[["Session"], None],
-    ) -> None:
-        self.engine = engine
-        self._identify, self._limits, self._on_lost = identify, limits, on_lost
-        self._owner = ""
-        self._number = next(_numbers)
+    def __init__(self, now: float) -> None:
+        self._progress, self._since = -1, now
+
+    def seconds(self, now: float, *, is_waited_for: bool, progress: int) -> float:
+        if not is_waited_for or progress != self._progress:
+            self._progress, self._since = progress, now
+        return now - self._since
+
+
+class Session(asyncio.Protocol):
+    """A connection of ``user``'s. ``on_lost`` is called once, when it is gone. Prefixes are shared among one user's requests
+    alone."""
+
+    def __init__(self, engine: Runtime, user: User, limits: DaemonLimits, on_lost: Callable[["Session"], None]) -> None:
+        self.engine, self.user, self.limits = engine, user, limits
+        self._on_lost = on_lost
+        self.number = next(_numbers)
+        self._state = _State.GREETING
         self._decoder = client_decoder(limits.frame_bytes)
         self._sinks: dict[str, _WireSink] = {}
         self._chunks: list[WireChunk] = []
         self._messages: list[ServerMessage] = []
         self._is_flush_due = False
-        self._is_greeted = False
-        self._is_closing = False
+        self._is_reading_paused = False
+        self._num_handled = self._num_written = self._num_buffered = 0
+        self._loop = asyncio.get_running_loop()
+        self._state_since = self._loop.time()
+        self._input_stall, self._output_stall = _Stall(self._state_since), _Stall(self._state_since)
         self._transport: asyncio.Transport
-        self._timer: asyncio.TimerHandle
+
+    @property
+    def is_lost(self) -> bool:
+        """Nothing of it is left."""
+        return self._state is _State.LOST
 
     # -- the connection -----------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._loop = asyncio.get_running_loop()
-        self._timer = self._loop.call_later(HELLO_LIMIT_S, self._refuse_silence)
-        try:
-            self._owner = self._identify(transport)
-        except PermissionDenied as error:
-            self.cut(error)
 
     def data_received(self, data: bytes) -> None:
-        if self._is_closing:
-            return
-        try:
-            for message in self._decoder.feed(data):
-                self._handle(message)
-                if self._is_closing:
-                    return
-        except FerrumError as error:
-            self.cut(error)
+        if self._state in (_State.GREETING, _State.OPEN):
+            self._take_in(data)
 
     def eof_received(self) -> bool:
         """Who has nothing more to say cannot give credit either: it is gone."""
         return False
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._is_closing = True
-        self._timer.cancel()
+        self._enter(_State.LOST)
         self._cancel_all(Cancelled("the client is gone"))
+        self.user.num_bytes -= self._num_buffered
         self._on_lost(self)
 
     def cut(self, error: FerrumError) -> None:
         """Say why, and close; what the client does not read within a time it never will."""
-        if self._is_closing:
+        if self._state in (_State.CLOSING, _State.LOST):
             return
-        self._is_closing = True
-        self._timer.cancel()
+        self._enter(_State.CLOSING)
+        _log.info("cut off", extra={"connection": self.number, "uid": self.user.uid, "code": error.code})
         self._cancel_all(error)
         self._messages.append(failure(error))
         self._transport.write(self._take_frames())
         self._transport.close()
-        self._timer = self._loop.call_later(CLOSE_LIMIT_S, self._transport.abort)
 
-    def _refuse_silence(self) -> None:
-        self.cut(InvalidFormat(f"no hello came within {HELLO_LIMIT_S:g} s"))
+    def abort(self) -> None:
+        """Close without waiting for anybody to read."""
+        self._transport.abort()
+
+    def check(self, now: float) -> None:
+        """Called about once a second: nobody may take for ever."""
+        waiting = self._transport.get_write_buffer_size()
+        match self._state:
+            case _State.GREETING if now - self._state_since > HELLO_LIMIT_S:
+                self.cut(InvalidFormat(f"no hello came within {HELLO_LIMIT_S:g} s"))
+            case _State.CLOSING if now - self._state_since > CLOSE_LIMIT_S:
+                self.abort()
+            case _State.OPEN:
+                limit = self.limits.stall_s
+                is_partial = self._decoder.num_held_bytes > 0
+                if self._input_stall.seconds(now, is_waited_for=is_partial, progress=self._num_handled) > limit:
+                    self.cut(InvalidFormat(f"a frame was begun and not finished within {limit:g} s"))
+                sent = self._num_written - waiting
+                if self._output_stall.seconds(now, is_waited_for=waiting > 0, progress=sent) > limit:
+                    self.cut(ResourceExhausted(f"nothing was read for {limit:g} s, with {waiting} bytes waiting"))
+        self._account(waiting)
+
+    def _enter(self, state: _State) -> None:
+        self._state, self._state_since = state, self._loop.time()
 
     def _cancel_all(self, error: FerrumError) -> None:
         for sink in list(self._sinks.values()):
             sink.cancel(error)
 
+    def _account(self, waiting: int) -> None:
+        """Count what is held for this connection. Where a user's are too much, those with more than an equal share go."""
+        held = waiting + self._decoder.num_held_bytes
+        user, limit = self.user, self.limits.user_bytes
+        user.num_bytes += held - self._num_buffered
+        self._num_buffered = held
+        if user.num_bytes > limit and held * user.num_connections > limit:
+            self.cut(
+                ResourceExhausted(f"this user's connections and requests hold more than {limit} bytes, this one {held}")
+            )
+
     # -- messages in --------------------------------------------------------------------------------------------------
 
+    def _take_in(self, data: bytes = b"") -> None:
+        """Handle what is complete, a few messages at a time: a flood waits for its turn like everybody else."""
+        messages = self._decoder.feed(data)
+        count = 0
+        try:
+            for message in islice(messages, _HANDLE_AT_ONCE):
+                self._handle(message)
+                count += 1
+                if self._state is not _State.OPEN:
+                    return
+        except FerrumError as error:
+            self.cut(error)
+            return
+        finally:
+            messages.close()
+        self._num_handled += count
+        self._account(self._transport.get_write_buffer_size())
+        if count == _HANDLE_AT_ONCE:
+            self._pause_reading()
+            self._loop.call_soon(self._take_in_more)
+        elif self._is_reading_paused:
+            self._is_reading_paused = False
+            self._transport.resume_reading()
+
+    def _take_in_more(self) -> None:
+        if self._state is _State.OPEN:
+            self._take_in()
+
+    def _pause_reading(self) -> None:
+        if not self._is_reading_paused:
+            self._is_reading_paused = True
+            self._transport.pause_reading()
+
     def _handle(self, message: ClientMessage) -> None:
-        if self._is_greeted is isinstance(message, Hello):
+        if (self._state is _State.GREETING) is not isinstance(message, Hello):
             raise InvalidFormat("the first message must be hello, and no other")
         match message:
             case Hello():
@@ -204,41 +294,63 @@ class Session(asyncio.Protocol):
             case Query():
                 self._answer(message)
             case Goodbye():
+                self._enter(_State.CLOSING)
                 self._cancel_all(Cancelled("the client has said goodbye"))
-                self._is_closing = True
                 self._transport.close()
 
     def _greet(self, hello: Hello) -> None:
         if hello.version != VERSION:
             raise Unsupported(f"version {hello.version} of the protocol is not spoken here; {VERSION} is")
-        self._is_greeted = True
-        self._timer.cancel()
-        self._send(
-            Welcome(
-                version=VERSION,
-                model=self.engine.model_info.id,
-                limits=Limits(frame_bytes=self._limits.frame_bytes, requests=self._limits.requests),
-                config=msgspec.json.encode(self.engine.config).decode(),
-            )
-        )
+        self._enter(_State.OPEN)
+        limits = Limits(frame_bytes=self.limits.frame_bytes, requests=self.limits.connection_requests)
+        config = msgspec.json.encode(self.engine.config).decode()
+        self.send(Welcome(version=VERSION, model=self.engine.model_info.id, limits=limits, config=config))
 
     def _submit(self, message: Submit) -> None:
         request_id = message.request_id
         if request_id in self._sinks:
             raise InvalidFormat(f"request_id {request_id!r} is under way already in this connection")
-        sink = _WireSink(self, request_id, min(message.credit, MAX_CREDIT))
         try:
-            if len(self._sinks) >= self._limits.requests:
-                raise ResourceExhausted(f"this connection has {len(self._sinks)} requests under way, which is all it may")
-            prompt, fields = from_wire(message.request)
-            fields["client_id"] = f"{self._owner}/{fields['client_id']}"
-            request = build_request(prompt, fields | {"id": f"{self._number}/{request_id}"})
-            sink.generation = self.engine.start(request, sink)
+            self._sinks[request_id] = self._start(message)
         except FerrumError as error:
-            self._send(failure(error, request_id))
+            self.send(failure(error, request_id))
         else:
-            self._sinks[request_id] = sink
-            self._send(Accepted(request_id=request_id))
+            self.send(Accepted(request_id=request_id))
+
+    def _start(self, message: Submit) -> _WireSink:
+        if len(self._sinks) >= self.limits.connection_requests:
+            raise ResourceExhausted(f"this connection has {len(self._sinks)} requests under way, which is all it may")
+        self._check_sizes(message.request)
+        prompt, fields = from_wire(message.request)
+        fields["client_id"] = f"uid {self.user.uid}/{fields['client_id']}"
+        fields["id"] = f"{self.number}/{message.request_id}"
+        request = build_request(prompt, fields)
+        cost = self._cost(request)
+        sink = _WireSink(self, message.request_id, min(message.credit, MAX_CREDIT), cost)
+        self.user.take(cost, self.limits)
+        try:
+            sink.generation = self.engine.start(request, sink)
+        except FerrumError:
+            self.user.give_back(cost, None)
+            raise
+        return sink
+
+    def _check_sizes(self, wire: WireRequest) -> None:
+        """Before token ids are unpacked, which takes the event loop longer than to see that they are too many."""
+        info = self.engine.model_info
+        for name, packed, limit in (
+            ("prompt", wire.token_ids, info.max_model_len),
+            ("allowed_token_ids", wire.sampling.allowed_token_ids, info.vocab_size),
+        ):
+            if packed is not None and num_packed(packed) > limit:
+                raise RequestValidationError(f"{name}: {num_packed(packed)} token ids, where at most {limit} make sense")
+
+    def _cost(self, request: InferenceRequest) -> Cost:
+        """At most: a token of a text stands for at least one of its bytes."""
+        params, num_bytes = request.sampling_params, self._decoder.message_bytes
+        num_prompt = len(request.prompt) if is_token_ids(request.prompt) else num_bytes
+        max_tokens = params.max_tokens or self.engine.config.sampling.max_tokens
+        return Cost(min(num_prompt + max_tokens, self.engine.model_info.max_model_len) * params.n, num_bytes)
 
     def _give_credit(self, message: Credit) -> None:
         if message.chunks < 0:
@@ -258,46 +370,58 @@ class Session(asyncio.Protocol):
                 content = self.engine.status_now()
             case "health":
                 content = self.engine.health_now()
-        self._send(Report(query_id=query.query_id, content=msgspec.json.encode(content).decode()))
+        self.send(Report(query_id=query.query_id, content=msgspec.json.encode(content).decode()))
 
     # -- messages out -------------------------------------------------------------------------------------------------
+
+    def send(self, message: ServerMessage) -> None:
+        """Behind the chunks that are on their way."""
+        self._messages.append(message)
+        self._flush_soon()
 
     def send_chunk(self, chunk: WireChunk) -> None:
         """With what else the step brings."""
         self._chunks.append(chunk)
         self._flush_soon()
 
-    def end(self, request_id: str, message: Finished | Failed) -> None:
-        """A request's last message, behind its chunks."""
+    def end(self, request_id: str, sink: _WireSink, message: Finished | Failed) -> None:
+        """A request's last message."""
         del self._sinks[request_id]
-        self._send(message)
-
-    def _send(self, message: ServerMessage) -> None:
-        self._messages.append(message)
-        self._flush_soon()
+        self.user.give_back(sink.cost, sink.generation)
+        self.send(message)
 
     def _flush_soon(self) -> None:
-        if not self._is_flush_due and not self._is_closing:
+        if not self._is_flush_due:
             self._is_flush_due = True
             self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         self._is_flush_due = False
-        if self._is_closing:
-            return
-        try:
-            self._transport.write(self._take_frames())
-        except FerrumError as error:  # more than a frame takes
-            self.cut(error)
+        if self._state is not _State.OPEN:
             return
         waiting = self._transport.get_write_buffer_size()
-        if waiting > self._limits.output_bytes:
+        if waiting > self.limits.connection_output_bytes:
             self.cut(ResourceExhausted(f"{waiting} bytes wait for this client to read them, which is more than may"))
+            return
+        frames = self._take_frames()
+        self._num_written += len(frames)
+        self._transport.write(frames)
+        self._account(waiting + len(frames))
 
     def _take_frames(self) -> bytes:
         """Chunks first: the messages behind them may be their requests' last."""
         chunks, messages = self._chunks, self._messages
         self._chunks, self._messages = [], []
-        frames = [encode(Chunks(chunks=chunks))] if chunks else []
-        frames.extend(map(encode, messages))
-        return b"".join(frames)
+        frames = _encode_chunks(chunks) if chunks else b""
+        return frames + b"".join(map(encode, messages)) if messages else frames
+
+
+def _encode_chunks(chunks: list[WireChunk]) -> bytes:
+    """One frame, unless that takes more than a frame may."""
+    try:
+        return encode(Chunks(chunks=chunks))
+    except InvalidFormat:
+        if len(chunks) == 1:
+            raise
+        half = len(chunks) // 2
+        return _encode_chunks(chunks[:half]) + _encode_chunks(chunks[half:])

@@ -3,7 +3,8 @@
 import difflib
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -156,7 +157,7 @@ def build_config(model: str | None, base: EngineConfig | None, fields: Mapping[s
                 raise ConfigError(f"{key}: {error}") from error
             if not isinstance(given, dict):
                 raise ConfigError(f"{key}: expected a dict or a Struct, got {value!r}")
-            _check_keys(given, tree[key], key)
+            check_keys(given, tree[key], key)
             tree[key] |= given
         else:
             raise ConfigError(_unknown(key, [*tree, *_SHORTCUTS], key))
@@ -167,14 +168,25 @@ def build_config(model: str | None, base: EngineConfig | None, fields: Mapping[s
 
 def load_config(path: Path) -> EngineConfig:
     """Read an EngineConfig from a TOML file with one table per part."""
+    with naming(path):
+        return build_config(None, None, read_toml(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Raises ConfigError, without naming the file, for one that cannot be read."""
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+        raise ConfigError(f"cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+        raise ConfigError(f"not valid TOML: {error}") from error
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A ConfigError inside says which file it is about."""
     try:
-        return build_config(None, None, tree)
+        yield
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -199,12 +211,13 @@ def _convert(tree: dict[str, Any]) -> EngineConfig:
     return config
 
 
-def _check_keys(given: Mapping[str, Any], known: Mapping[str, Any], path: str) -> None:
+def check_keys(given: Mapping[str, Any], known: Mapping[str, Any], path: str) -> None:
+    """Raises ConfigError for a key at any depth of ``given`` that ``known`` has not, naming the nearest that it has."""
     for key, value in given.items():
         if key not in known:
             raise ConfigError(_unknown(key, known, f"{path}.{key}"))
         if isinstance(value, dict) and isinstance(known[key], dict):
-            _check_keys(value, known[key], f"{path}.{key}")
+            check_keys(value, known[key], f"{path}.{key}")
 
 
 def _unknown(key: str, known: Any, path: str) -> str:

@@ -155,6 +155,11 @@ def _pack(token_ids: list[int]) -> bytes:
     return packed.tobytes()
 
 
+def num_packed(data: bytes) -> int:
+    """Token ids in packed bytes, without unpacking them."""
+    return len(data) // _ID_BYTES
+
+
 def _unpack(name: str, data: bytes) -> list[int]:
     if len(data) % _ID_BYTES:
         raise InvalidFormat(f"{name}: {len(data)} bytes are no whole number of token ids of {_ID_BYTES} bytes")

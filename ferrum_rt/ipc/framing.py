@@ -1,6 +1,6 @@
 """Messages to bytes and back: a length of four bytes, little-endian, then one message in msgpack."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -39,21 +39,25 @@ class FrameDecoder(Generic[T]):
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kind)
         self._max_frame_bytes = max_frame_bytes
         self._held = bytearray()
+        self.message_bytes = 0
+        """The length of the message that was given out last."""
 
     @property
-    def is_between_frames(self) -> bool:
-        """Nothing of an unfinished frame is held."""
-        return not self._held
+    def num_held_bytes(self) -> int:
+        """Of a frame that is not complete, and of frames that nobody has asked for yet."""
+        return len(self._held)
 
-    def feed(self, data: bytes) -> Iterator[T]:
+    def feed(self, data: bytes) -> Generator[T, None, None]:
         """The messages that ``data`` completes, one by one: those before a wrong one still come. Raises InvalidFormat; then
-        the stream is lost, for nobody knows where the next frame begins. Run it to its end before the next call."""
+        the stream is lost, for nobody knows where the next frame begins. Run or close it before the next call, which
+        goes on with what it had not come to."""
         self._held += data
         start = 0
         try:
             while (length := self._next_length(start)) is not None:
                 body = memoryview(self._held)[start + _HEADER_BYTES : start + _HEADER_BYTES + length]
                 start += _HEADER_BYTES + length
+                self.message_bytes = length
                 try:
                     message = self._decode(body)
                 finally:

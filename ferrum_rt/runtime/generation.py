@@ -31,6 +31,8 @@ class Generation:
         self.first_token_at: float | None = None
         self.finished_at: float | None = None
         self.is_parked = False
+        self.is_queued = True
+        """Until tokenizer and grammar compiler are done with it, even if it ends while it waits for them."""
         self._outputs: list[OutputText] = []
         self._prompt: list[TokenId] = []
         self._prompt_scores: list[TokenScores] = []

@@ -55,7 +55,7 @@ from ferrum_rt.runtime.worker import Worker
 
 # Requests tokenized in one call, and updates turned into text before the loop is yielded to others.
 _TOKENIZE_AT_ONCE = 64
-_DETOKENIZE_AT_ONCE = 64
+_DETOKENIZE_AT_ONCE = 256
 
 
 def open_runtime(
@@ -327,18 +327,29 @@ class Runtime:
             batch = [first]
             while len(batch) < _TOKENIZE_AT_ONCE and admitted.statistics().current_buffer_used:
                 batch.append(admitted.receive_nowait())
-            batch = [generation for generation in batch if not generation.is_finished]
-            results = await self._encode([generation.request for generation in batch])
-            for generation, result in zip(batch, results, strict=True):
+            waiting = [generation for generation in batch if not generation.is_finished]
+            results = await self._encode([generation.request for generation in waiting])
+            for generation in batch:
+                generation.is_queued = False
+            for generation, result in zip(waiting, results, strict=True):
                 if generation.is_finished:
                     continue
                 if isinstance(result, FerrumError):
                     self._fail(generation, result, "failed")
                 elif is_constrained(generation.request):
-                    self._to_compiler.send_nowait((generation, result))  # has room for all that are admitted
+                    self._queue_for_compiler(generation, result)
                 else:
                     self._submit(generation, result, None)
             self._engine.notify()
+
+    def _queue_for_compiler(self, generation: Generation, request: EncodedRequest) -> None:
+        try:
+            self._to_compiler.send_nowait((generation, request))
+        except anyio.WouldBlock:  # full of requests that were cancelled and that it has not come to yet
+            error = ResourceExhausted("as many grammars as may wait to be compiled", retry_after=self._mean_request_s())
+            self._fail(generation, error, "failed")
+        else:
+            generation.is_queued = True
 
     async def _encode(self, requests: list[InferenceRequest]) -> list[EncodedRequest | FerrumError]:
         """Token ids, or what is wrong, for each; off the event loop if there is any text among them."""
@@ -357,14 +368,16 @@ class Runtime:
     async def _compile(self, encoded: MemoryObjectReceiveStream[tuple[Generation, EncodedRequest]]) -> None:
         """Grammars, one after the other; requests that have none do not wait for them."""
         async for generation, request in encoded:
-            if generation.is_finished:
-                continue
             try:
+                if generation.is_finished:
+                    continue
                 grammar = await self._compiler_thread.run(partial(compile_grammar, generation.request, self._model))
             except Exception as error:  # whatever a grammar does to its compiler
                 if not generation.is_finished:
                     self._fail(generation, _failure(BackendError, "the grammar cannot be compiled", error), "failed")
                 continue
+            finally:
+                generation.is_queued = False
             if not generation.is_finished:
                 self._submit(generation, request, grammar)
                 self._engine.notify()

@@ -8,7 +8,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from ferrum_rt.daemon.session import SessionLimits
+from ferrum_rt.daemon.config import DaemonLimits
 from ferrum_rt.ipc.framing import encode, server_decoder
 from ferrum_rt.ipc.messages import (
     Accepted,
@@ -195,7 +195,7 @@ async def test_a_wrong_request_fails_alone(tmp_path: Path) -> None:
 
 async def test_a_connection_has_so_many_requests_and_no_more(tmp_path: Path) -> None:
     """One more is refused with resource_exhausted, until another has ended."""
-    limits = SessionLimits(requests=2)
+    limits = DaemonLimits(connection_requests=2)
     async with daemon(tmp_path, limits=limits, step_s=0.001) as (_, path), connected(path) as peer:
         await peer.say(HELLO, ask("a", "x", max_tokens=200), ask("b", "x", max_tokens=200), ask("c", "x"))
         await peer.hear_end_of("c")
@@ -209,7 +209,7 @@ async def test_a_connection_has_so_many_requests_and_no_more(tmp_path: Path) -> 
 
 async def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
     """More bytes than may wait for a client end its connection, and free what it had."""
-    limits = SessionLimits(output_bytes=20_000)
+    limits = DaemonLimits(connection_output_bytes=20_000)
     async with daemon(tmp_path, limits=limits) as (engine, path), connected(path) as peer:
         await peer.say(HELLO)
         with anyio.fail_after(20):
