@@ -1,7 +1,7 @@
 """The engine of a daemon, from another process: the same interface as in-process, over the socket. Needs no torch."""
 
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack
@@ -105,7 +105,8 @@ class Client:
         return self
 
     async def _greet(self) -> None:
-        await self._connection.send(encode(Hello(version=VERSION, client="ferrum_rt")) + encode(_metrics_query()))
+        with suppress(ConnectionLost):  # it hung up already; what it has said is still to be read
+            await self._connection.send(encode(Hello(version=VERSION, client="ferrum_rt")) + encode(_metrics_query()))
         while True:
             for message in self._decoder.feed(await self._connection.receive()):
                 match message:
@@ -205,7 +206,8 @@ class Client:
     # -- reports ------------------------------------------------------------------------------------------------------
 
     def metrics(self) -> EngineMetrics:
-        """The daemon's counters, as of this client's last answer or report."""
+        """The daemon's counters as it last reported them; each call asks it for a newer report, which the next will see."""
+        self.post(_metrics_query())
         return self._metrics
 
     async def status(self) -> EngineStatus:
@@ -222,17 +224,23 @@ class Client:
             raise _again(self._lost)
         self._num_sent += 1
         answer = self._queries[self._num_sent] = _Answer()
-        self.post(Query(query_id=self._num_sent, kind=kind), _metrics_query())
+        self.post(Query(query_id=self._num_sent, kind=kind))
         return await answer.wait()
 
     # -- the connection -----------------------------------------------------------------------------------------------
 
     def post(self, *messages: ClientMessage) -> None:
-        """Send soon. Synchronous, so that a cancellation cannot come between leaving a request and saying so. Raises
-        InvalidFormat, with nothing sent, for what is too long for a frame."""
+        """Send, or put behind what waits to be sent. Synchronous, so that a cancellation cannot come between leaving a request
+        and saying so. Raises InvalidFormat, with nothing sent, for what is too long for a frame."""
         if self._lost is None:
-            self._outbox += b"".join(map(encode, messages))
-            self._has_mail.set()
+            frames = b"".join(map(encode, messages))
+            sent = 0
+            if not self._outbox:
+                with suppress(ConnectionLost):  # the reader hears why, if the daemon has said it
+                    sent = self._connection.send_nowait(frames)
+            if sent < len(frames):
+                self._outbox += frames[sent:]
+                self._has_mail.set()
 
     async def _wait_for_room(self) -> None:
         """Until what was posted before is on its way: whoever adds to it waits here first."""
@@ -253,12 +261,16 @@ class Client:
             self._lose(error)
 
     async def _write(self) -> None:
+        """What could not be sent at once."""
         while True:
             await self._has_mail.wait()
             self._has_mail = anyio.Event()
-            frames = bytes(self._outbox)
-            self._outbox.clear()
-            await self._connection.send(frames)
+            try:
+                while self._outbox:
+                    await self._connection.wait_writable()
+                    del self._outbox[: self._connection.send_nowait(self._outbox)]
+            except ConnectionLost:
+                return  # as above
             self._is_sent.set()
             self._is_sent = anyio.Event()
 
@@ -276,7 +288,6 @@ class Client:
             case Finished():
                 if (reply := self._replies.pop(message.request_id, None)) is not None:
                     reply.finish(message)
-                    self.post(_metrics_query())
             case Failed() if message.request_id:
                 if (reply := self._replies.pop(message.request_id, None)) is not None:
                     reply.put(_error(message))

@@ -49,13 +49,21 @@ class Connection:
     async def send(self, data: bytes) -> None:
         """Until the last byte is on its way. Raises ConnectionLost."""
         left = memoryview(data)
-        while left:
-            try:
-                left = left[self._socket.send(left) :]
-            except BlockingIOError:
-                await anyio.wait_writable(self._socket)
-            except OSError as error:
-                raise self._lost() from error
+        while left := left[self.send_nowait(left) :]:
+            await self.wait_writable()
+
+    def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
+        """How many bytes could be sent at once. Raises ConnectionLost."""
+        try:
+            return self._socket.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise self._lost() from error
+
+    async def wait_writable(self) -> None:
+        """Until something can be sent, or never can again."""
+        await anyio.wait_writable(self._socket)
 
     def close(self) -> None:
         self._socket.close()

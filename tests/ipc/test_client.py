@@ -160,7 +160,7 @@ async def test_reports_tell_of_the_engine(kind: str, tmp_path: Path) -> None:
         assert (status.state, status.requests.finished) == (EngineState.READY, 1)
         assert status.pages == runtime.status_now().pages
         assert (await engine.health_check()).healthy
-        assert engine.metrics().scheduler.generated_tokens == 3
+        await until(lambda: engine.metrics().scheduler.generated_tokens == 3)
         assert engine.config == runtime.config
 
 
