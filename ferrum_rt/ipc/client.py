@@ -18,6 +18,7 @@ from ferrum_rt.interfaces.errors import (
     EngineFailed,
     FerrumError,
     InvalidFormat,
+    RequestValidationError,
     ResourceExhausted,
     error_classes,
     first_of,
@@ -31,6 +32,7 @@ from ferrum_rt.interfaces.types import (
     InferenceRequest,
     InferenceResponse,
     Prompt,
+    RequestId,
     RequestMetrics,
     StreamChunk,
 )
@@ -80,6 +82,7 @@ class Client:
         self._path = path
         self._decoder = server_decoder()
         self._replies: dict[str, _Reply] = {}
+        self._request_ids: set[RequestId] = set()
         self._queries: dict[int, _Answer] = {}
         self._outbox = bytearray()
         self._has_mail, self._is_sent = anyio.Event(), anyio.Event()
@@ -191,14 +194,18 @@ class Client:
             raise _again(self._lost)
         if self._going_away is not None:
             raise Cancelled(f"the daemon takes no new requests: {self._going_away}")
+        if request.id in self._request_ids:
+            raise RequestValidationError(f"id: a request {request.id!r} is already under way")
         self._num_sent += 1
         wire_id = str(self._num_sent)
         credit = CREDIT * request.sampling_params.n
         self.post(Submit(request_id=wire_id, request=to_wire(request), credit=credit))
         reply = self._replies[wire_id] = _Reply(self, wire_id, request, credit)
+        self._request_ids.add(request.id)
         try:
             yield reply
         finally:
+            self._request_ids.discard(request.id)
             if self._replies.pop(wire_id, None) is not None:
                 self.post(Cancel(request_id=wire_id))
             reply.abandon()
@@ -230,8 +237,8 @@ class Client:
     # -- the connection -----------------------------------------------------------------------------------------------
 
     def post(self, *messages: ClientMessage) -> None:
-        """Send, or put behind what waits to be sent. Synchronous, so that a cancellation cannot come between leaving a request
-        and saying so. Raises InvalidFormat, with nothing sent, for what is too long for a frame."""
+        """Send, or put behind what waits to be sent. Synchronous, so that no cancellation can come between leaving a
+        request and saying so. Raises InvalidFormat, with nothing sent, for what is too long for a frame."""
         if self._lost is None:
             frames = b"".join(map(encode, messages))
             sent = 0
