@@ -26,7 +26,7 @@ class Connection:
                 self._socket.connect(str(self._path))
                 return
             except (FileNotFoundError, ConnectionRefusedError) as error:
-                raise NotFound(f"no daemon listens at {self._path}; start one with: ferrum-rt serve") from error
+                raise NotFound(self._why_nobody()) from error
             except BlockingIOError:  # as many are waiting to be taken in as may
                 await anyio.sleep(0.01)
             except OSError as error:
@@ -59,6 +59,11 @@ class Connection:
 
     def close(self) -> None:
         self._socket.close()
+
+    def _why_nobody(self) -> str:
+        if self._path.exists() and not self._path.is_socket():
+            return f"{self._path}: not a socket; give the path of a daemon's"
+        return f"no daemon listens at {self._path}; start one with: ferrum-rt serve --socket {self._path}"
 
     def _lost(self) -> ConnectionLost:
         return ConnectionLost(f"{self._path}: the daemon has closed the connection")
