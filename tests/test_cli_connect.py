@@ -207,7 +207,7 @@ def test_a_chat_ends_with_its_daemon(tmp_path: Path) -> None:
             read_until(terminal, b">>> ")
             serving.kill()
             serving.wait()
-            terminal.write(b"hello\n")
+            terminal.write(b"hello\n\x04")  # Ctrl-D, for a chat that would go on
             _, err = process.communicate(timeout=LIMIT_S)
 
     assert process.returncode == 2

@@ -10,7 +10,7 @@ import msgspec
 import ferrum_rt
 from ferrum_rt.cli.output import one_line
 from ferrum_rt.interfaces.errors import ConnectionLost
-from ferrum_rt.interfaces.types import EngineMetrics, EngineState, EngineStatus, HealthStatus, to_builtins
+from ferrum_rt.interfaces.types import EngineMetrics, EngineStatus, HealthStatus, to_builtins
 from ferrum_rt.ipc.address import socket_path
 
 LIMIT_S = 10.0
@@ -26,10 +26,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def status(arguments: argparse.Namespace) -> int:
-    """Print the report; 1 if the daemon is unhealthy or takes no requests."""
+    """Print the report; 1 if the daemon is not healthy, which an engine is only while it takes requests."""
     report = anyio.run(_ask, socket_path(arguments.socket), backend_options={"use_uvloop": True})
     print(msgspec.json.encode(report).decode() if arguments.json else _as_text(report))
-    return 0 if report.health.healthy and report.status.state is EngineState.READY else 1
+    return 0 if report.health.healthy else 1
 
 
 async def _ask(path: Path) -> Report:
