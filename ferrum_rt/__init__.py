@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         ToolFunction,
         Usage,
     )
+    from ferrum_rt.ipc.client import connect
     from ferrum_rt.runtime.runtime import open_runtime
 
 __version__ = "0.1.0"
@@ -106,6 +107,7 @@ __all__ = [
     "ToolFunction",
     "Unsupported",
     "Usage",
+    "connect",
     "load_config",
     "open_runtime",
 ]
@@ -115,6 +117,7 @@ _HOMES = {
     "load_config": "interfaces.config",
     "InferenceEngine": "interfaces.engine",
     "LogitsProcessor": "interfaces.sampler",
+    "connect": "ipc.client",
     "open_runtime": "runtime.runtime",
 }
 

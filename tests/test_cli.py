@@ -9,62 +9,23 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import anyio
 import pytest
 
 import ferrum_rt
 from ferrum_rt import ChatMessage, InferenceResponse
-from ferrum_rt.cli import main
 from ferrum_rt.cli.chat import HELP
+from tests.command_line import FERRUM_RT, LIMIT_S, Cli, Result, assert_one_error, read_byte, read_until, start
 
-# What the installed ferrum-rt script does.
-FERRUM_RT = [sys.executable, "-c", "import sys; from ferrum_rt.cli import main; sys.exit(main())"]
 # So hot that every token is as likely as any other: a text that goes on until it is stopped.
 ENDLESS = ["--temperature", "100", "--max-tokens", "900"]
-LIMIT_S = 120
-
-
-class Result(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Result]
 
 
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
-    def call(*arguments: str) -> Result:
-        status = main(list(arguments))
-        return Result(status, *capsys.readouterr())
-
-    return call
-
-
-def start(*arguments: str, terminal: int = subprocess.PIPE) -> subprocess.Popen[bytes]:
-    """A process of its own, on pipes, or with standard input and output on a terminal."""
-    # A shell that runs the tests in the background has them ignore SIGINT, and a child would inherit that.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return subprocess.Popen([*FERRUM_RT, *arguments], stdin=terminal, stdout=terminal, stderr=subprocess.PIPE)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def read_byte(process: subprocess.Popen[bytes]) -> bytes:
-    assert process.stdout is not None
-    return process.stdout.read(1)
-
-
-def assert_one_error(result: Result) -> None:
-    assert result.status == 2
-    assert result.out == ""
-    assert re.fullmatch(r"ferrum-rt: error: \S.*\n", result.err), result.err
+    return Cli(capsys)
 
 
 # -- run ------------------------------------------------------------------------------------------------------------------
@@ -307,12 +268,6 @@ def test_chat_on_a_terminal_prompts_until_it_is_left() -> None:
 
     assert process.returncode == 0
     assert err.decode().strip() == HELP
-
-
-def read_until(terminal: io.RawIOBase, end: bytes) -> None:
-    seen = b""
-    while not seen.endswith(end):
-        seen += terminal.read(1) or b""
 
 
 # -- doctor ---------------------------------------------------------------------------------------------------------------

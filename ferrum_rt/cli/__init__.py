@@ -6,17 +6,21 @@ from typing import NoReturn
 import ferrum_rt
 from ferrum_rt.cli.chat import chat
 from ferrum_rt.cli.doctor import doctor
-from ferrum_rt.cli.options import add_engine_options, add_json_option, add_model_option, add_sampling_options
+from ferrum_rt.cli.options import (
+    UsageError,
+    add_connect_option,
+    add_engine_options,
+    add_json_option,
+    add_model_option,
+    add_sampling_options,
+)
 from ferrum_rt.cli.output import discard_stdout, report_error
 from ferrum_rt.cli.run import run
 from ferrum_rt.cli.serve import add_serve_options, serve
+from ferrum_rt.cli.status import status
 from ferrum_rt.interfaces.errors import FerrumError
 
 ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
-
-
-class UsageError(Exception):
-    """The command line makes no sense."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,14 +31,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 when done, 1 when doctor finds a fault or a daemon's engine failed, 2
-    after an error, and what a shell reports for a program that Ctrl-C (130) or a closed pipe (141) ended. --help and
-    --version raise SystemExit."""
+    """Run one command and return its exit status: 0 when done, 1 when doctor or status finds a fault or a daemon's engine
+    has failed, 2 after an error, and what a shell reports for a program that Ctrl-C (130) or a closed pipe (141) ended.
+    --help and --version raise SystemExit."""
     try:
         try:
             arguments = _parser().parse_args(argv)
-            status: int = arguments.command(arguments)
-            return status
+            exit_status: int = arguments.command(arguments)
+            return exit_status
         finally:
             print(end="", flush=True)  # what cannot be written is better met here than at the interpreter's exit
     except KeyboardInterrupt:
@@ -59,18 +63,25 @@ def _parser() -> Parser:
     sub = commands.add_parser("run", help="continue a text", allow_abbrev=False)
     sub.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input")
     add_engine_options(sub)
+    add_connect_option(sub)
     add_sampling_options(sub)
     add_json_option(sub)
     sub.set_defaults(command=run)
 
     sub = commands.add_parser("chat", help="talk with a model", allow_abbrev=False)
     add_engine_options(sub)
+    add_connect_option(sub)
     add_sampling_options(sub)
     sub.set_defaults(command=chat)
 
     sub = commands.add_parser("serve", help="let other processes use a model", allow_abbrev=False)
     add_serve_options(sub)
     sub.set_defaults(command=serve)
+
+    sub = commands.add_parser("status", help="ask a daemon how it is doing", allow_abbrev=False)
+    sub.add_argument("--socket", metavar="PATH", help="the daemon's socket; your own daemon's if left out")
+    add_json_option(sub)
+    sub.set_defaults(command=status)
 
     sub = commands.add_parser("doctor", help="show what is installed, and try it", allow_abbrev=False)
     add_model_option(sub)

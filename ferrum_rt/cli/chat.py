@@ -11,11 +11,10 @@ from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 import anyio
 import anyio.to_thread
 
-import ferrum_rt
-from ferrum_rt.cli.options import engine_config, sampling_params
+from ferrum_rt.cli.options import open_engine, sampling_params
 from ferrum_rt.cli.output import report_error
 from ferrum_rt.interfaces.engine import InferenceEngine
-from ferrum_rt.interfaces.errors import FerrumError
+from ferrum_rt.interfaces.errors import ConnectionLost, FerrumError
 from ferrum_rt.interfaces.types import ChatMessage, SamplingParams
 
 PROMPT = ">>> "
@@ -24,15 +23,14 @@ HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C cancels
 
 def chat(arguments: argparse.Namespace) -> int:
     """Answer each line of standard input; on a terminal with a prompt before it."""
-    params, config = sampling_params(arguments), engine_config(arguments)
-    runtime = ferrum_rt.open_runtime(config=config)
-    anyio.run(_chat, runtime, params, backend_options={"use_uvloop": True})
+    params, opening = sampling_params(arguments), open_engine(arguments)
+    anyio.run(_chat, opening, params, backend_options={"use_uvloop": True})
     return 0
 
 
-async def _chat(runtime: AbstractAsyncContextManager[InferenceEngine], params: SamplingParams) -> None:
+async def _chat(opening: AbstractAsyncContextManager[InferenceEngine], params: SamplingParams) -> None:
     is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    async with runtime as engine:
+    async with opening as engine:
         with _Interrupts(PROMPT if is_interactive else "") as interrupts:
             await _Conversation(engine, params, interrupts, is_interactive=is_interactive).run()
 
@@ -108,8 +106,8 @@ class _Conversation:
         try:
             answer = await self._answer(asked)
         except FerrumError as error:
-            if not self._is_interactive:
-                raise
+            if not self._is_interactive or isinstance(error, ConnectionLost):
+                raise  # a lost connection stays lost
             report_error(error)
         else:
             self._history = [*asked, ChatMessage(role="assistant", content=answer)]

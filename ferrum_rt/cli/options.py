@@ -1,11 +1,14 @@
 """Options that several commands share, and what they mean to the engine. Checked before torch is loaded."""
 
 import argparse
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import msgspec
 
+import ferrum_rt
 from ferrum_rt.interfaces.config import EngineConfig, build_config, load_config
+from ferrum_rt.interfaces.engine import InferenceEngine
 from ferrum_rt.interfaces.kv_dtype import KvDtypeKind
 from ferrum_rt.interfaces.requests import check_sampling
 from ferrum_rt.interfaces.types import DataType, Device, SamplingParams
@@ -13,6 +16,10 @@ from ferrum_rt.interfaces.types import DataType, Device, SamplingParams
 # Options that go by the same name in open_runtime and in SamplingParams.
 _ENGINE = ("device", "dtype", "kv_dtype", "load_format")
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+
+
+class UsageError(Exception):
+    """The command line makes no sense."""
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +39,16 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--load-format", choices=["auto", "dummy"], help="dummy: random weights of the model's shape")
 
 
+def add_connect_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--connect",
+        metavar="SOCKET",
+        nargs="?",
+        default=argparse.SUPPRESS,  # no attribute: not given; None: given without a path
+        help="use the model of the daemon at SOCKET, or of your own daemon; the PROMPT goes before it",
+    )
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", metavar="N", type=int, help="generate at most N tokens")
     parser.add_argument("--temperature", metavar="T", type=float, help="0 always takes the likeliest token")
@@ -39,6 +56,16 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", metavar="K", type=int, help="choose among the K likeliest tokens; 0: among all")
     parser.add_argument("--seed", metavar="S", type=int, help="the same seed gives the same text")
     parser.add_argument("--stop", metavar="STRING", nargs="+", action="extend", help="end before any of these strings")
+
+
+def open_engine(arguments: argparse.Namespace) -> AbstractAsyncContextManager[InferenceEngine]:
+    """The engine that the options ask for, to be opened: one in this process, or with --connect the daemon's, which needs no
+    torch here. Raises ConfigError, and UsageError for an option that would mean nothing to a daemon."""
+    if "connect" not in arguments:
+        return ferrum_rt.open_runtime(config=engine_config(arguments))
+    for name in _given(arguments, ("model", "config", *_ENGINE)):
+        raise UsageError(f"argument --{name.replace('_', '-')}: not with --connect: the daemon has opened its model already")
+    return ferrum_rt.connect(arguments.connect)
 
 
 def engine_config(arguments: argparse.Namespace) -> EngineConfig:

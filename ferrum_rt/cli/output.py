@@ -10,8 +10,8 @@ def report_error(error: Exception) -> None:
     print(f"{start}ferrum-rt: error: {one_line(error)}", file=sys.stderr)
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def one_line(message: object) -> str:
+    return " ".join(str(message).split())
 
 
 def discard_stdout() -> None:

@@ -8,24 +8,22 @@ from contextlib import AbstractAsyncContextManager
 import anyio
 import msgspec
 
-import ferrum_rt
-from ferrum_rt.cli.options import engine_config, sampling_params
+from ferrum_rt.cli.options import open_engine, sampling_params
 from ferrum_rt.interfaces.engine import InferenceEngine
 from ferrum_rt.interfaces.types import SamplingParams, StreamChunk, to_builtins
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the prompt and what the model makes of it, as it comes; or all of it as JSON."""
-    params, config = sampling_params(arguments), engine_config(arguments)
+    params, opening = sampling_params(arguments), open_engine(arguments)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    runtime = ferrum_rt.open_runtime(config=config)
     show = _print_json if arguments.json else _print_stream
-    anyio.run(show, runtime, prompt, params, backend_options={"use_uvloop": True})
+    anyio.run(show, opening, prompt, params, backend_options={"use_uvloop": True})
     return 0
 
 
-async def _print_stream(runtime: AbstractAsyncContextManager[InferenceEngine], prompt: str, params: SamplingParams) -> None:
-    async with runtime as engine:
+async def _print_stream(opening: AbstractAsyncContextManager[InferenceEngine], prompt: str, params: SamplingParams) -> None:
+    async with opening as engine:
         submitted = time.monotonic()
         async with engine.infer_stream(prompt, sampling_params=params) as chunks:
             last = await anext(chunks)  # a prompt that is refused is not printed
@@ -39,8 +37,8 @@ async def _print_stream(runtime: AbstractAsyncContextManager[InferenceEngine], p
         print(_summary(last, first_at - submitted, time.monotonic() - first_at), file=sys.stderr)
 
 
-async def _print_json(runtime: AbstractAsyncContextManager[InferenceEngine], prompt: str, params: SamplingParams) -> None:
-    async with runtime as engine:
+async def _print_json(opening: AbstractAsyncContextManager[InferenceEngine], prompt: str, params: SamplingParams) -> None:
+    async with opening as engine:
         response = await engine.infer(prompt, sampling_params=params)
         model = (await engine.status()).model
     report = {"model": None if model is None else model.id, "prompt": prompt} | to_builtins(response)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import anyio
 
-from ferrum_rt.interfaces.errors import ConnectionLost, NotFound
+from ferrum_rt.interfaces.errors import ConnectionLost, NotFound, PermissionDenied
 
 _RECEIVE_BYTES = 65536
 
@@ -20,13 +20,16 @@ class Connection:
         self._socket.setblocking(False)
 
     async def open(self) -> None:
-        """Raises NotFound where no daemon listens, ConnectionLost where it cannot be reached."""
+        """Raises NotFound where no daemon listens, PermissionDenied where the file system keeps us out, ConnectionLost where
+        it cannot be reached for another reason."""
         while True:
             try:
                 self._socket.connect(str(self._path))
                 return
             except (FileNotFoundError, ConnectionRefusedError) as error:
-                raise NotFound(f"no daemon listens at {self._path}; start one with: ferrum-rt serve") from error
+                raise NotFound(self._why_nobody()) from error
+            except PermissionError as error:
+                raise PermissionDenied(f"{self._path}: {error.strerror}; it is another user's daemon") from error
             except BlockingIOError:  # as many are waiting to be taken in as may
                 await anyio.sleep(0.01)
             except OSError as error:
@@ -67,6 +70,11 @@ class Connection:
 
     def close(self) -> None:
         self._socket.close()
+
+    def _why_nobody(self) -> str:
+        if self._path.exists() and not self._path.is_socket():
+            return f"{self._path}: not a socket; give the path of a daemon's"
+        return f"no daemon listens at {self._path}; start one with: ferrum-rt serve --socket {self._path}"
 
     def _lost(self) -> ConnectionLost:
         return ConnectionLost(f"{self._path}: the daemon has closed the connection")
