@@ -13,6 +13,8 @@ from itertools import islice
 from typing import cast
 
 import msgspec
+from opentelemetry import context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from ferrum_rt.daemon.config import DaemonLimits
 from ferrum_rt.daemon.users import Cost, User
@@ -59,6 +61,7 @@ _HANDLE_AT_ONCE = 16
 
 _log = logging.getLogger(__name__)
 _numbers = itertools.count(1)
+_TRACE_CONTEXT = TraceContextTextMapPropagator()
 
 
 class _State(enum.Enum):
@@ -328,11 +331,15 @@ class Session(asyncio.Protocol):
         cost = self._cost(request)
         sink = _WireSink(self, message.request_id, min(message.credit, MAX_CREDIT), cost)
         self.user.take(cost, self.limits)
+        token = context.attach(_TRACE_CONTEXT.extract(message.trace)) if message.trace else None
         try:
             sink.generation = self.engine.start(request, sink)
         except FerrumError:
             self.user.give_back(cost, None)
             raise
+        finally:
+            if token is not None:
+                context.detach(token)
         return sink
 
     def _check_sizes(self, wire: WireRequest) -> None:

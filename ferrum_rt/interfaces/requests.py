@@ -161,6 +161,11 @@ def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
             raise RequestValidationError(f"{name}: no token {highest}; the model's tokens are 0 to {vocab_size - 1}")
 
 
+def is_chat(prompt: Prompt) -> bool:
+    """Whether a prompt is a list of chat messages."""
+    return not isinstance(prompt, str) and isinstance(prompt[0], ChatMessage)
+
+
 def is_token_ids(prompt: Prompt) -> bool:
     """Whether a prompt is a list of token ids (else it is text or chat messages)."""
     return not isinstance(prompt, str) and isinstance(prompt[0], int)

@@ -10,6 +10,7 @@ import anyio
 import msgspec
 from anyio.abc import TaskStatus
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from ferrum_rt.interfaces.config import EngineConfig
 from ferrum_rt.interfaces.errors import (
@@ -63,6 +64,7 @@ CONNECT_LIMIT_S = 10.0
 GOODBYE_LIMIT_S = 1.0
 CREDIT = 64
 _SLACK = 16  # chunks of each output that can come after the credit is spent
+_TRACE_CONTEXT = TraceContextTextMapPropagator()
 _METRICS = 0  # the number of the query that refreshes ``metrics()``
 
 
@@ -199,7 +201,9 @@ class Client:
         self._num_sent += 1
         wire_id = str(self._num_sent)
         credit = CREDIT * request.sampling_params.n
-        self.post(Submit(request_id=wire_id, request=to_wire(request), credit=credit))
+        trace: dict[str, str] = {}
+        _TRACE_CONTEXT.inject(trace)  # of the span that is current here, if there is one
+        self.post(Submit(request_id=wire_id, request=to_wire(request), credit=credit, trace=trace))
         reply = self._replies[wire_id] = _Reply(self, wire_id, request, credit)
         self._request_ids.add(request.id)
         try:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import msgspec
+from opentelemetry.trace import INVALID_SPAN, Span
 
 from ferrum_rt.interfaces.engine import ChunkSink
 from ferrum_rt.interfaces.errors import FerrumError
@@ -19,6 +20,7 @@ from ferrum_rt.interfaces.types import (
 )
 from ferrum_rt.runtime.output_text import OutputText, TokenOffsets
 from ferrum_rt.runtime.tool_calls import ToolCallParser, ToolFormat
+from ferrum_rt.runtime.tracing import end_span
 
 
 class Generation:
@@ -26,10 +28,12 @@ class Generation:
 
     def __init__(self, request: InferenceRequest, sink: ChunkSink, now: float) -> None:
         self.request, self.sink = request, sink
+        self.span: Span = INVALID_SPAN
         self.submitted_at = now
         self.started_at: float | None = None
         self.first_token_at: float | None = None
         self.finished_at: float | None = None
+        self.error: FerrumError | None = None
         self.is_parked = False
         self.is_queued = True
         """Until tokenizer and grammar compiler are done with it, even if it ends while it waits for them."""
@@ -73,11 +77,18 @@ class Generation:
 
     def fail(self, error: FerrumError) -> None:
         """The reader gets ``error`` after the chunks that are on their way."""
+        self.error = error
         self.sink.put(error)
 
     def close(self, now: float) -> None:
         """No more is coming."""
         self.finished_at = now
+        end_span(
+            self.span,
+            prompt_tokens=len(self._prompt),
+            output_tokens=sum(output.num_tokens for output in self._outputs),
+            error=self.error,
+        )
         self.sink.close()
 
     def metrics(self) -> RequestMetrics:

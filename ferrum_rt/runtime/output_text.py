@@ -72,7 +72,7 @@ class OutputText:
         self.is_finished = False
         self._request, self._params, self._index, self._parser = request, params, index, parser
         self._num_prompt_tokens = len(prompt)
-        self._num_tokens = 0
+        self.num_tokens = 0
         self._stop = StopStrings(params.stop, include=params.include_stop)
         # The marks around a call may be special tokens: the parser has to see them, and takes them out.
         skip = params.skip_special_tokens and parser is None
@@ -85,7 +85,7 @@ class OutputText:
         # The token that ends a text is not part of it, unless asked for.
         is_silent = reason in (FinishReason.EOS, FinishReason.STOP) and not self._params.include_stop
         for number, token_id in enumerate(update.token_ids):
-            self._num_tokens += 1
+            self.num_tokens += 1
             if self._offsets is None:
                 continue
             if update.scores:
@@ -119,7 +119,7 @@ class OutputText:
     def _watch(self, text: str) -> tuple[str, bool]:
         """The part of ``text`` that may go out, and whether a stop string was found in it. Before ``min_tokens`` none is
         looked for."""
-        if self._num_tokens < self._params.min_tokens:
+        if self.num_tokens < self._params.min_tokens:
             return text, False
         return self._stop.push(text)
 
@@ -135,6 +135,6 @@ class OutputText:
     def _usage(self, num_cached_tokens: int) -> Usage:
         return Usage(
             prompt_tokens=self._num_prompt_tokens,
-            completion_tokens=self._num_tokens,
+            completion_tokens=self.num_tokens,
             cached_tokens=num_cached_tokens,
         )

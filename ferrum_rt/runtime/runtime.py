@@ -51,6 +51,7 @@ from ferrum_rt.runtime.loader import LoadedModel, load_model
 from ferrum_rt.runtime.pages import PagedKvCache
 from ferrum_rt.runtime.resolve import EncodedRequest, compile_grammar, encode, has_text, is_constrained, resolve
 from ferrum_rt.runtime.scheduler import UnifiedScheduler
+from ferrum_rt.runtime.tracing import start_span
 from ferrum_rt.runtime.worker import Worker
 
 # Requests tokenized in one call, and updates turned into text before the loop is yielded to others.
@@ -255,6 +256,7 @@ class Runtime:
                 retry_after=self._mean_request_s(),
             ) from None
         self._active[request.id] = generation
+        generation.span = start_span(request, self.model_info.id)
         return generation
 
     def resume(self, generation: Generation) -> None:
