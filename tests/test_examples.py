@@ -11,7 +11,9 @@ from pathlib import Path
 
 import anyio
 import httpx
+import msgpack
 import pytest
+from anyio.streams.buffered import BufferedByteReceiveStream
 
 from tests.fakes.daemon import daemon_process
 from tests.runtime.engines import text_after
@@ -209,3 +211,32 @@ async def test_plain_client_ends_half_way(tmp_path: Path, ended: str) -> None:
         assert (counts["running"], counts["cancelled"]) == (0, 1)
     else:
         assert (status, err) == (1, b"connection_lost: the daemon closed the connection\n")
+
+
+async def test_the_protocol_pages_conversation_is_a_real_one(tmp_path: Path) -> None:
+    """Sent the page's bytes, a daemon answers with the page's; only the clock's times differ, and its config is left out."""
+    page = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8").partition("## A conversation")[2]
+    asked = [bytes.fromhex(line[2:]) for line in page.splitlines() if line.startswith("> ")]
+    expected = [line[2:] for line in page.splitlines() if line.startswith("< ")]
+
+    path = tmp_path / "daemon.sock"
+    with anyio.fail_after(LIMIT_S):
+        async with daemon_process(path, step_s=0.02), await anyio.connect_unix(path) as stream:
+            *first, goodbye = asked
+            await stream.send(b"".join(first))
+            answer = BufferedByteReceiveStream(stream)
+            frames: list[bytes] = []
+            while not frames or msgpack.unpackb(frames[-1][4:])["type"] != "finished":
+                head = await answer.receive_exactly(4)
+                frames.append(head + await answer.receive_exactly(int.from_bytes(head, "little")))
+            await stream.send(goodbye)
+            with pytest.raises(anyio.EndOfStream):
+                await answer.receive()
+
+    assert len(frames) == len(expected)
+    welcome, *others, finished = frames
+    assert welcome[4:].startswith(bytes.fromhex(expected[0].removesuffix("…"))[4:-3])
+    assert others == [bytes.fromhex(line) for line in expected[1:-1]]
+    times = bytes.fromhex(expected[-1])
+    assert len(finished) == len(times)
+    assert msgpack.unpackb(finished[4:]).keys() == msgpack.unpackb(times[4:]).keys()
