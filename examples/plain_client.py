@@ -209,7 +209,7 @@ def request_of(options: argparse.Namespace) -> Message:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Ask a ferrum_rt daemon.")
     parser.add_argument("prompt", nargs="?", metavar="PROMPT")
-    parser.add_argument("--socket", default=f"/run/user/{os.getuid()}/ferrum-rt.sock", metavar="PATH")
+    parser.add_argument("--socket", default=f"{os.environ.get('XDG_RUNTIME_DIR')}/ferrum-rt/default.sock", metavar="PATH")
     parser.add_argument("--max-tokens", type=int, metavar="N")
     parser.add_argument("--seed", type=int, metavar="S")
     parser.add_argument("--temperature", type=float, metavar="T")

@@ -1,7 +1,7 @@
 """The daemon's model if one is running, else one in this process: the code that uses it is the same.
 
-    ferrum-rt serve &
-    python examples/shared_model.py [SOCKET]
+ferrum-rt serve &
+python examples/shared_model.py [SOCKET]
 """
 
 import sys

@@ -240,3 +240,17 @@ async def test_the_protocol_pages_conversation_is_a_real_one(tmp_path: Path) -> 
     times = bytes.fromhex(expected[-1])
     assert len(finished) == len(times)
     assert msgpack.unpackb(finished[4:]).keys() == msgpack.unpackb(times[4:]).keys()
+
+
+async def test_shared_model_is_the_daemons_or_an_own_one(tmp_path: Path) -> None:
+    """With a daemon it prints what the daemon's model says; without one it says so, and prints what its own does."""
+    path = tmp_path / "daemon.sock"
+    command = [sys.executable, "examples/shared_model.py", str(path)]
+    with anyio.fail_after(LIMIT_S):
+        alone = await anyio.run_process(command, cwd=ROOT)
+        async with daemon_process(path):
+            shared = await anyio.run_process(command, cwd=ROOT)
+
+    assert b"no daemon listens" in alone.stderr
+    assert len(alone.stdout.splitlines()) >= 2
+    assert (shared.stderr, shared.stdout.decode().split("\n--")[0]) == (b"", text_after("def read_lines(", 48))

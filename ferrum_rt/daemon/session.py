@@ -165,7 +165,7 @@ class Session(asyncio.Protocol):
         self._messages: list[ServerMessage] = []
         self._is_flush_due = False
         self._is_reading_paused = False
-        self._num_handled = self._num_written = self._num_buffered = 0
+        self._num_started = self._num_handled = self._num_written = self._num_buffered = 0
         self._loop = asyncio.get_running_loop()
         self._state_since = self._loop.time()
         self._input_stall, self._output_stall = _Stall(self._state_since), _Stall(self._state_since)
@@ -326,7 +326,8 @@ class Session(asyncio.Protocol):
         self._check_sizes(message.request)
         prompt, fields = from_wire(message.request)
         fields["client_id"] = f"uid {self.user.uid}/{fields['client_id']}"
-        fields["id"] = f"{self.number}/{message.request_id}"
+        self._num_started += 1
+        fields["id"] = f"{self.number}/{self._num_started}"
         request = build_request(prompt, fields)
         cost = self._cost(request)
         sink = _WireSink(self, message.request_id, min(message.credit, MAX_CREDIT), cost)
@@ -360,8 +361,6 @@ class Session(asyncio.Protocol):
         return Cost(min(num_prompt + max_tokens, self.engine.model_info.max_model_len) * params.n, num_bytes)
 
     def _give_credit(self, message: Credit) -> None:
-        if message.chunks < 0:
-            raise InvalidFormat(f"credit of {message.chunks} chunks was given")
         sink = self._sinks.get(message.request_id)
         if sink is not None and sink.generation is not None:  # else it has ended meanwhile
             sink.credit = min(sink.credit + message.chunks, MAX_CREDIT)

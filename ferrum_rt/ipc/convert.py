@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from ferrum_rt.interfaces.errors import InvalidFormat, Unsupported
+from ferrum_rt.interfaces.errors import RequestValidationError, Unsupported
 from ferrum_rt.interfaces.requests import is_token_ids
 from ferrum_rt.interfaces.types import (
     ChatMessage,
@@ -48,11 +48,11 @@ def to_wire(request: InferenceRequest) -> WireRequest:
 
 
 def from_wire(wire: WireRequest) -> tuple[Any, dict[str, Any]]:
-    """(prompt, fields), for ``build_request`` to check like those of any other caller. Raises InvalidFormat where the parts
-    of the prompt, packed token ids or JSON text are none."""
+    """(prompt, fields), for ``build_request`` to check like those of any other caller. Raises RequestValidationError where
+    the parts of the prompt, packed token ids or JSON text are none."""
     prompts = [part for part in (wire.text, wire.token_ids, wire.messages) if part is not None]
     if len(prompts) != 1:
-        raise InvalidFormat(f"request: one of text, token_ids and messages must be there, found {len(prompts)}")
+        raise RequestValidationError(f"prompt: one of text, token_ids and messages must be there, found {len(prompts)}")
     fields: dict[str, Any] = {name: getattr(wire, name) for name in _REQUEST}
     fields["priority"] = wire.priority
     if wire.tools:
@@ -162,7 +162,7 @@ def num_packed(data: bytes) -> int:
 
 def _unpack(name: str, data: bytes) -> list[int]:
     if len(data) % _ID_BYTES:
-        raise InvalidFormat(f"{name}: {len(data)} bytes are no whole number of token ids of {_ID_BYTES} bytes")
+        raise RequestValidationError(f"{name}: {len(data)} bytes are no whole number of token ids of {_ID_BYTES} bytes")
     packed = array("I", data)
     if byteorder == "big":
         packed.byteswap()
@@ -177,4 +177,4 @@ def _from_json(name: str, text: str) -> Any:
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise InvalidFormat(f"{name}: not JSON: {error}") from error
+        raise RequestValidationError(f"{name}: not JSON: {error}") from error

@@ -16,6 +16,8 @@ from ferrum_rt.interfaces.types import FinishReason, TokenId, TokenLogprobs, Too
 VERSION = 1
 
 Name = Annotated[str, Meta(max_length=256)]
+RequestName = Annotated[str, Meta(min_length=1, max_length=256)]
+NumChunks = Annotated[int, Meta(ge=0)]
 TraceContext = Annotated[dict[Name, Annotated[str, Meta(max_length=4096)]], Meta(max_length=8)]
 """The W3C trace context, as OpenTelemetry's propagators carry it."""
 
@@ -113,9 +115,9 @@ class Hello(_Message, frozen=True, kw_only=True, tag="hello"):
 class Submit(_Message, frozen=True, kw_only=True, tag="submit"):
     """A request, under an id of the client's, unique in its connection. ``credit`` chunks may be sent before a Credit."""
 
-    request_id: Name
+    request_id: RequestName
     request: WireRequest
-    credit: int
+    credit: NumChunks
     trace: TraceContext = {}
 
 
@@ -123,7 +125,7 @@ class Credit(_Message, frozen=True, kw_only=True, tag="credit"):
     """So many further chunks of a request may be sent."""
 
     request_id: Name
-    chunks: int
+    chunks: NumChunks
 
 
 class Cancel(_Message, frozen=True, kw_only=True, tag="cancel"):

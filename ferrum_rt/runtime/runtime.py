@@ -20,6 +20,7 @@ from ferrum_rt.interfaces.errors import (
     Cancelled,
     EngineFailed,
     FerrumError,
+    NotFound,
     RequestValidationError,
     ResourceExhausted,
     TokenizerError,
@@ -243,7 +244,9 @@ class Runtime:
             raise Cancelled(f"the engine takes no requests: its state is {self._state.value}")
         if request.id in self._active:
             raise RequestValidationError(f"id: a request {request.id!r} is already under way")
-        check_vocabulary(request.sampling_params, self._model.executor.model_info.vocab_size)
+        if request.model_id not in (None, self.model_info.id):
+            raise NotFound(f"model_id: this engine runs {self.model_info.id!r}, not {request.model_id!r}")
+        check_vocabulary(request.sampling_params, self.model_info.vocab_size)
         generation = Generation(request, sink, time.monotonic())
         try:
             if len(self._active) >= self._capacity:

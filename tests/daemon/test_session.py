@@ -189,7 +189,7 @@ async def test_a_wrong_request_fails_alone(tmp_path: Path) -> None:
         await peer.say(HELLO, wrong, none, ask("a", "x"))
         await peer.hear_end_of("w", "n", "a")
     failed = {m.request_id: m.code for m in peer.heard if isinstance(m, Failed)}
-    assert failed == {"w": "request_validation_error", "n": "invalid_format"}
+    assert failed == {"w": "request_validation_error", "n": "request_validation_error"}
     assert peer.text("a") == text_after("x", 10)
 
 

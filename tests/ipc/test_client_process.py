@@ -27,7 +27,7 @@ with open("/proc/self/status") as status:
     [peak] = [int(line.split()[1]) for line in status if line.startswith("VmHWM:")]
 print(json.dumps([text, peak * 1024, sorted(sys.modules)]))
 """
-HEAVY = {"torch", "numpy", "tokenizers", "safetensors", "jinja2", "llguidance", "transformers", "opentelemetry"}
+HEAVY = {"torch", "numpy", "tokenizers", "safetensors", "jinja2", "llguidance", "transformers", "opentelemetry.sdk"}
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ferrum_rt.interfaces.errors import InvalidFormat, RequestValidationError, Unsupported
+from ferrum_rt.interfaces.errors import RequestValidationError, Unsupported
 from ferrum_rt.interfaces.requests import build_request
 from ferrum_rt.interfaces.types import InferenceRequest
 from ferrum_rt.ipc.convert import from_wire, to_wire
@@ -120,6 +120,6 @@ def test_functions_do_not_travel() -> None:
     ids=["no prompt", "two prompts", "half an id", "broken tools", "deep tools", "broken choice", "half an allowed id"],
 )
 def test_what_is_no_request_is_invalid(wire: WireRequest) -> None:
-    """Parts that do not fit together or cannot be read are InvalidFormat."""
-    with pytest.raises(InvalidFormat):
+    """Parts that do not fit together or cannot be read are RequestValidationError."""
+    with pytest.raises(RequestValidationError):
         from_wire(wire)
