@@ -212,8 +212,8 @@ def _convert(tree: dict[str, Any]) -> EngineConfig:
 
 
 def check_keys(given: Mapping[str, Any], known: Mapping[str, Any], path: str) -> None:
-    """Raises ConfigError for a key at any depth of ``given`` that ``known`` has not, naming the nearest that it has. ``path``
-    is where the two stand, empty at the top."""
+    """Raises ConfigError for a key at any depth of ``given`` that ``known`` has not, naming the nearest that it has.
+    ``path`` is where the two stand, empty at the top."""
     for key, value in given.items():
         place = f"{path}.{key}" if path else key
         if key not in known:

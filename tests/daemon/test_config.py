@@ -147,7 +147,7 @@ def test_a_file_that_cannot_be_read_is_named(kind: str, file: Path) -> None:
 
 def test_a_wrong_option_needs_no_file_to_blame() -> None:
     """Without a file the message begins with what is wrong."""
-    with pytest.raises(ConfigError, match="^unknown configuration key 'devise'"):
+    with pytest.raises(ConfigError, match=r"^unknown configuration key 'devise'"):
         load(None, fields={"devise": "cpu"})
 
 
