@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import resource
 import signal
 import socket
 import sys
@@ -64,7 +65,11 @@ async def heard(peer: Peer, kind: type) -> None:
 
 def ends(peer: Peer) -> dict[str, str]:
     """How each request ended, and under "" the connection."""
-    return {m.request_id: "finished" if isinstance(m, Finished) else m.code for m in peer.heard if isinstance(m, Finished | Failed)}
+    return {
+        m.request_id: "finished" if isinstance(m, Finished) else m.code
+        for m in peer.heard
+        if isinstance(m, Finished | Failed)
+    }
 
 
 # -- beginning and end ----------------------------------------------------------------------------------------------------
@@ -139,6 +144,22 @@ async def test_a_second_signal_ends_the_drain(path: Path, second: signal.Signals
         assert [line["signal"] for line in daemon.logged("the drain is cut short")] == [second.name]
 
 
+@pytest.mark.slow
+async def test_a_signal_while_all_is_closed_changes_nothing(path: Path) -> None:
+    """Once its connections are closed the daemon may still wait for a step: no signal ends it before it has tidied up."""
+    async with forked_daemon(path, config=SHORT_DRAIN, step_s=0.3) as daemon, parked_request(path) as peer:
+        await peer.say(Credit(request_id="a", chunks=100))
+        daemon.send(signal.SIGTERM)
+        await peer.hear_all()
+        for _ in range(10):
+            for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+                daemon.send(number)
+            await anyio.sleep(0.01)
+        assert await daemon.end() == 0
+        assert ends(peer) == {"a": "cancelled", "": "cancelled"}
+        assert not path.exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_daemon_that_loads_ends_at_once(path: Path, tmp_path: Path, number: signal.Signals) -> None:
     """A load is not waited for; and the socket that is left is no hindrance to the next daemon."""
@@ -181,9 +202,7 @@ async def test_of_five_daemons_one_serves(path: Path, tmp_path: Path) -> None:
     """Started together on one path, the others end with status 2 and name the pid of the one that serves."""
     async with AsyncExitStack() as stack:
         with gate(tmp_path) as start:
-            daemons = [
-                await stack.enter_async_context(forked_daemon(path, ready=False, gate=start.name)) for _ in range(5)
-            ]
+            daemons = [await stack.enter_async_context(forked_daemon(path, ready=False, gate=start.name)) for _ in range(5)]
             for daemon in daemons:
                 await daemon.notice(AT_THE_GATE)
         ended = dict[ForkedDaemon, int]()
@@ -304,6 +323,18 @@ async def test_a_broken_file_changes_nothing(path: Path, tmp_path: Path, text: s
         assert line["level"] == "error"
         assert line["reason"].startswith(f"{file}: ")
         assert not daemon.logged("reloaded")
+
+
+async def test_a_reload_makes_room_for_more_connections(path: Path, tmp_path: Path) -> None:
+    """The process may have as many descriptors as the new limit needs."""
+    file = tmp_path / "ferrum.toml"
+    file.write_text("")
+    async with forked_daemon(path, config_file=str(file)) as daemon:
+        _, hard = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (700, hard))
+        file.write_text("[daemon.limits]\nconnections = 1000")
+        await reload(daemon)
+        assert resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)[0] >= min(1000, hard)
 
 
 async def test_without_a_file_a_reload_is_no_error(path: Path) -> None:
