@@ -1,4 +1,4 @@
-"""The daemon's log: one JSON object a line on standard error. A line that cannot be written at once is lost, for nobody waits
+"""The daemon's log: one JSON object a line on standard error. A line that cannot be written at once is lost: nobody waits
 for a reader.
 
 Nothing that a client sent is in it, nor what a model answered: of an error that was not foreseen there is the type and the

@@ -38,6 +38,7 @@ def run_daemon(
 ) -> int:
     """Serve until told to stop; returns the exit status. ``read_config`` is called at SIGHUP. Raises the FerrumError of what
     prevents the start."""
+    _occupy_standard_streams()
     logs.set_up(config.daemon.log_level)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nothing to reload yet; by default it would end the process
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own would have the load finished first
@@ -140,6 +141,14 @@ def _listening(path: str | None) -> Iterator[list[socket.socket]]:
     with ExitStack() as stack:
         sockets = [stack.enter_context(one) for one in systemd.activated_sockets()]
         yield sockets or [stack.enter_context(claim(path)).listener]
+
+
+def _occupy_standard_streams() -> None:
+    """Where we were started without one of them, a file of ours would get its number: whoever means the stream would write
+    there, and uvloop aborts when it closes it."""
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(opened)
 
 
 def _make_room(num_connections: int) -> None:
