@@ -1,6 +1,7 @@
 """The daemon's life, as a process of its own: what it tells, what signals do to it, and what it leaves behind."""
 
 import fcntl
+import os
 import re
 import resource
 import signal
@@ -12,12 +13,15 @@ from typing import IO
 import anyio
 import pytest
 
+from ferrum_rt.daemon.config import DaemonLimits
 from ferrum_rt.interfaces.errors import Cancelled, ConnectionLost, EngineFailed, NotFound
 from ferrum_rt.ipc.client import connect
 from ferrum_rt.ipc.messages import Accepted, Credit, Failed, GoingAway
 from tests.daemon.observing import answers, ends, is_left, reload
+from tests.daemon.serving import server
 from tests.daemon.test_session import HELLO, Peer, ask, connected
 from tests.fakes.daemon import AT_THE_GATE, LOADING, ForkedDaemon, forked_daemon
+from tests.runtime.engines import text_after
 
 LONG_DRAIN = {"scheduler": {"drain_s": 60.0}}
 SHORT_DRAIN = {"scheduler": {"drain_s": 0.05}}
@@ -282,6 +286,22 @@ async def test_a_reload_applies_what_it_can(path: Path, tmp_path: Path) -> None:
             (applied, waiting),
             ([], waiting),
         ]
+
+
+async def test_other_uids_are_allowed(tmp_path: Path) -> None:
+    """Who is allowed no more cannot connect from then on; connections that it has stay."""
+    async with server(tmp_path) as (_, path, serving), connected(path) as peer:
+        await peer.say(HELLO, ask("a", "x"))
+        await peer.hear_end_of("a")
+        serving.reload(allowed_uids={os.getuid() + 1}, limits=DaemonLimits())
+        async with connected(path) as refused:
+            await refused.hear_all()
+            assert ends(refused) == {"": "permission_denied"}
+        await peer.say(ask("b", "x"))
+        await peer.hear_end_of("b")
+        serving.reload(allowed_uids={os.getuid()}, limits=DaemonLimits())
+        assert await answers(path)
+    assert ends(peer) == {"a": "finished", "b": "finished"}
 
 
 @pytest.mark.parametrize("text", ["[daemon", "[daemon.limits]\nconnection_requests = 0", None, "x = " + "[" * 20_000])
