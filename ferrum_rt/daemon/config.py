@@ -7,11 +7,13 @@ from typing import Any, Literal
 
 import msgspec
 
-from ferrum_rt.interfaces.config import EngineConfig, build_config, check_keys, naming, read_toml
+from ferrum_rt.interfaces.config import ConfigFields, EngineConfig, build_config, check_keys, naming, read_toml
 from ferrum_rt.interfaces.errors import ConfigError
 from ferrum_rt.ipc.framing import MAX_FRAME_BYTES
 
 _MIB = 1024 * 1024
+# What may stand at the top of the file.
+_KEYS = dict.fromkeys((*EngineConfig.__struct_fields__, *ConfigFields.__annotations__, "daemon"))
 
 
 class DaemonLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -60,6 +62,7 @@ def load_serve_config(path: Path | None, *, model: str | None, socket: str | Non
 
 
 def _build(tree: dict[str, Any], model: str | None, socket: str | None, fields: Mapping[str, Any]) -> ServeConfig:
+    check_keys(tree, _KEYS, "")
     table = tree.pop("daemon", {})
     if not isinstance(table, dict):
         raise ConfigError(f"daemon: expected a table, got {table!r}")

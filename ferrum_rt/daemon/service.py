@@ -38,8 +38,10 @@ def run_daemon(
 ) -> int:
     """Serve until told to stop; returns the exit status. ``read_config`` is called at SIGHUP. Raises the FerrumError of what
     prevents the start."""
+    _occupy_standard_streams()
     logs.set_up(config.daemon.log_level)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nothing to reload yet; by default it would end the process
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own would have the load finished first
     return anyio.run(_Service(config, read_config, load).run, backend_options={"use_uvloop": True})
 
 
@@ -53,12 +55,14 @@ class _Service:
 
     async def run(self) -> int:
         _make_room(self._config.daemon.limits.connections)
-        with _listening(self._config.daemon.socket) as listeners:
+        self._watchdog_s = systemd.watchdog_interval_s()
+        with ExitStack() as until_all_is_closed, _listening(self._config.daemon.socket) as listeners:
             _log.info("loading", extra={"sockets": [one.getsockname() for one in listeners], "pid": os.getpid()})
             async with Runtime(self._config.engine, self._load) as self._engine:
-                # Only now: until here a signal ends the process at once, for there is nobody to drain.
-                with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-                    await self._serve(listeners, signals)
+                # Only now: until here a signal ends the process at once, for there is nobody to drain. From here on none
+                # does, not even half-way through the end.
+                receiver = anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+                await self._serve(listeners, until_all_is_closed.enter_context(receiver))
         _log.info("stopped", extra={"status": self._status})
         return self._status
 
@@ -93,7 +97,7 @@ class _Service:
 
     async def _watch(self, everything: anyio.CancelScope) -> None:
         """Tell systemd that we live. An engine that is broken ends the daemon, for whoever watches it to start another."""
-        interval_s = systemd.watchdog_interval_s()
+        interval_s = self._watchdog_s
         while True:
             if not (self._is_draining or self._engine.health_now().healthy):
                 _log.critical("the engine has failed")
@@ -116,6 +120,7 @@ class _Service:
             applied = [key for key in changed if key.startswith(_RELOADABLE)]
             waiting = [key for key in changed if key not in applied]
             _log.info("reloaded", extra={"applied": applied, "need_a_restart": waiting})
+            _make_room(new.daemon.limits.connections)
             self._server.reload(allowed_uids=_uids(new.daemon), limits=new.daemon.limits)
             logs.set_level(new.daemon.log_level)
             kept = msgspec.structs.replace(new.daemon, socket=self._config.daemon.socket)
@@ -136,6 +141,14 @@ def _listening(path: str | None) -> Iterator[list[socket.socket]]:
     with ExitStack() as stack:
         sockets = [stack.enter_context(one) for one in systemd.activated_sockets()]
         yield sockets or [stack.enter_context(claim(path)).listener]
+
+
+def _occupy_standard_streams() -> None:
+    """Where we were started without one of them, a file of ours would get its number: whoever means the stream would write
+    there, and uvloop aborts when it closes it."""
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(opened)
 
 
 def _make_room(num_connections: int) -> None:

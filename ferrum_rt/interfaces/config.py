@@ -178,7 +178,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"not valid TOML: {error}") from error
 
 
@@ -212,12 +212,14 @@ def _convert(tree: dict[str, Any]) -> EngineConfig:
 
 
 def check_keys(given: Mapping[str, Any], known: Mapping[str, Any], path: str) -> None:
-    """Raises ConfigError for a key at any depth of ``given`` that ``known`` has not, naming the nearest that it has."""
+    """Raises ConfigError for a key at any depth of ``given`` that ``known`` has not, naming the nearest that it has.
+    ``path`` is where the two stand, empty at the top."""
     for key, value in given.items():
+        place = f"{path}.{key}" if path else key
         if key not in known:
-            raise ConfigError(_unknown(key, known, f"{path}.{key}"))
+            raise ConfigError(_unknown(key, known, place))
         if isinstance(value, dict) and isinstance(known[key], dict):
-            check_keys(value, known[key], f"{path}.{key}")
+            check_keys(value, known[key], place)
 
 
 def _unknown(key: str, known: Any, path: str) -> str:
