@@ -37,11 +37,12 @@ class DaemonLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The table ``daemon``. ``socket`` None is the user's own. The daemon's own uid may always connect; ``allowed_uids`` are
-    those that may beside it."""
+    those that may beside it. ``otlp`` is where spans are sent, as ``http://localhost:4318``."""
 
     socket: str | None = None
     allowed_uids: tuple[int, ...] = ()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    otlp: str | None = None
     limits: DaemonLimits = DaemonLimits()
 
 

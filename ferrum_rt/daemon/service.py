@@ -20,6 +20,7 @@ from ferrum_rt.daemon import logs, systemd
 from ferrum_rt.daemon.config import DaemonConfig, ServeConfig, difference
 from ferrum_rt.daemon.server import Server
 from ferrum_rt.daemon.socket_file import claim
+from ferrum_rt.daemon.telemetry import exported
 from ferrum_rt.interfaces.config import EngineConfig
 from ferrum_rt.interfaces.errors import ConfigError
 from ferrum_rt.runtime.loader import LoadedModel, load_model
@@ -42,7 +43,8 @@ def run_daemon(
     logs.set_up(config.daemon.log_level)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nothing to reload yet; by default it would end the process
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own would have the load finished first
-    return anyio.run(_Service(config, read_config, load).run, backend_options={"use_uvloop": True})
+    with exported(config.daemon.otlp):
+        return anyio.run(_Service(config, read_config, load).run, backend_options={"use_uvloop": True})
 
 
 class _Service:
