@@ -1,6 +1,7 @@
 """The engine interface: one suite for the engine in this process and for a client of a daemon in a process of its own."""
 
 import asyncio
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -35,7 +36,7 @@ from ferrum_rt.interfaces.types import (
 from ferrum_rt.ipc.client import CREDIT, connect
 from ferrum_rt.runtime.runtime import Runtime
 from tests.daemon.serving import daemon
-from tests.fakes.daemon import daemon_process
+from tests.fakes.daemon import forked_daemon
 from tests.runtime.engines import fake_engine, text_after, until
 
 
@@ -46,7 +47,7 @@ async def opened(kind: str, tmp_path: Path, **fake: Any) -> AsyncIterator[Infere
         async with fake_engine(**fake) as (engine, _):
             yield engine
         return
-    async with daemon_process(tmp_path / "s.sock", **fake), connect(tmp_path / "s.sock") as client:
+    async with forked_daemon(tmp_path / "s.sock", **fake), connect(tmp_path / "s.sock") as client:
         yield client
 
 
@@ -285,7 +286,7 @@ async def test_a_daemon_that_ends_tells_every_waiter(tmp_path: Path) -> None:
 async def test_a_daemon_that_dies_gives_every_waiter_connection_lost(tmp_path: Path) -> None:
     """Whoever waits for anything hears of it at once, and the client does not connect again by itself."""
     lost: list[str] = []
-    async with daemon_process(tmp_path / "s.sock", step_s=0.001) as process, connect(tmp_path / "s.sock") as client:
+    async with forked_daemon(tmp_path / "s.sock", step_s=0.001) as process, connect(tmp_path / "s.sock") as client:
 
         async def wait(prompt: str) -> None:
             with pytest.raises(ConnectionLost):
@@ -297,7 +298,7 @@ async def test_a_daemon_that_dies_gives_every_waiter_connection_lost(tmp_path: P
                 for number in range(3):
                     waiters.start_soon(wait, f"{number}")
                 await settled(client, lambda status: status.requests.running == 3)
-                process.kill()
+                process.send(signal.SIGKILL)
             assert len(lost) == 3
             for call in (client.status, client.health_check, lambda: client.infer("x")):
                 with pytest.raises(ConnectionLost):
