@@ -45,7 +45,7 @@ async def _main(path: str, config: dict[str, Any], fake: dict[str, Any]) -> None
     with claim(path) as claimed, anyio.open_signal_receiver(signal.SIGTERM) as signals:
         async with fake_engine(config, **fake) as (engine, _), anyio.create_task_group() as tasks:
             await tasks.start(_serve, engine, claimed.listener)
-            print("ready", flush=True)
+            print("ready\n", end="", flush=True)  # one write, also where Python does not buffer its output
             async for _ in signals:
                 break
             tasks.cancel_scope.cancel()
