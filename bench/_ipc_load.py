@@ -27,7 +27,7 @@ from ferrum_rt.runtime.runtime import Runtime
 from tests.runtime.engines import fake_engine
 
 PROMPT = "sixteen letters."
-_RAMP_STEPS = 5
+_RAMP_STEPS = 8
 
 
 def cpu_s(pid: int) -> float:
@@ -179,6 +179,8 @@ async def load_grpc(path: str, pid: int, load: Load) -> Sample:
 
     async with AsyncExitStack() as stack:
         channels = [await stack.enter_async_context(grpc_channel(path)) for _ in range(load.clients)]
+        for channel in channels:
+            await channel.channel_ready()
         async with anyio.create_task_group() as readers:
             for channel in channels * load.streams:
                 readers.start_soon(read, channel)
