@@ -48,7 +48,7 @@ class Load(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Of each stream. The streams do not begin in one step, and none may end while the others are measured."""
+        """Of each stream; they do not all begin in one step."""
         return _RAMP_STEPS + self.steps
 
 
@@ -63,15 +63,15 @@ class Sample(NamedTuple):
 
 
 class Window:
-    """The steady state: opened when every stream has had its first token, closed when so many whole steps have come."""
+    """The steady state: whole steps from when every stream has had its first token, as many as wanted or until the first one
+    ends."""
 
     def __init__(self, pid: int, load: Load) -> None:
         self._pid, self._load = pid, load
-        self._num_waiting, self._num_read = load.num_streams, 0
-        self._num_measured = load.num_streams * load.steps
-        self._last: int | None = None
-        self._begin: tuple[float, float, float] | None = None
-        self._end: tuple[float, float, float] | None = None
+        self._num_waiting, self._num_read, self._num_steps = load.num_streams, 0, 0
+        self._has_ended = False
+        self._step_end = 0
+        self._begin = self._end = (0.0, 0.0, 0.0)
 
     def read(self, count: int) -> int:
         """A stream that had ``count`` tokens has one more. Returns how many."""
@@ -79,18 +79,20 @@ class Window:
         if not count:
             self._num_waiting -= 1
             if not self._num_waiting:
-                self._begin, self._last = self._now(), self._num_read + self._num_measured
-        elif self._num_read == self._last:
-            self._end = self._now()
-        elif count + 1 == self._load.tokens and self._end is None:
-            raise RuntimeError("a stream has ended before all were measured")
+                self._begin, self._step_end = self._now(), self._num_read + self._load.num_streams
+        elif count + 1 == self._load.tokens:
+            self._has_ended = True
+        elif self._num_read == self._step_end and self._num_steps < self._load.steps and not self._has_ended:
+            self._end, self._step_end = self._now(), self._num_read + self._load.num_streams
+            self._num_steps += 1
         return count + 1
 
     def sample(self) -> Sample:
-        if self._begin is None or self._end is None:
-            raise RuntimeError("the streams have ended before so many steps of them all were measured")
+        if self._num_steps < self._load.steps / 2:
+            raise RuntimeError(f"all streams had only {self._num_steps} steps in common; use a machine that is less busy")
         server, load, wall = (after - before for before, after in zip(self._begin, self._end, strict=True))
-        return Sample(1e6 * server / self._num_measured, wall / self._load.steps, server / wall, load / wall)
+        tokens = self._num_steps * self._load.num_streams
+        return Sample(1e6 * server / tokens, wall / self._num_steps, server / wall, load / wall)
 
     def _now(self) -> tuple[float, float, float]:
         return cpu_s(self._pid), time.process_time(), time.perf_counter()

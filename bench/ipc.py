@@ -28,7 +28,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, a
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -43,6 +43,8 @@ from ferrum_rt.interfaces.types import StreamChunk
 from ferrum_rt.ipc.client import connect
 from tests.fakes.daemon import ROOT, daemon_process
 from tests.runtime.engines import fake_engine
+
+T = TypeVar("T")
 
 IN_PROCESS, DAEMON, GRPC, ZMQ = "in-process", "daemon", "grpc.aio", "zmq.asyncio"
 LATENCY_STEP_S = 0.001
@@ -67,6 +69,13 @@ Stream = Callable[[], AbstractAsyncContextManager[AsyncIterator[StreamChunk]]]
 
 Samples = dict[str, list[Sample]]
 """By contender."""
+
+
+def rotated(items: Mapping[str, T], number: int) -> list[tuple[str, T]]:
+    """The contenders, beginning with another one each time: none always comes behind the same one."""
+    order = list(items.items())
+    start = number % len(order)
+    return order[start:] + order[:start]
 
 
 # -- servers --------------------------------------------------------------------------------------------------------------
@@ -171,8 +180,8 @@ async def measure_latency(repeats: int, requests: int) -> dict[str, list[Latency
         async with clients(Path(directory)) as streams:
             for repeat in range(repeats + 1):
                 times: dict[str, list[list[float]]] = {name: [] for name in streams}
-                for _ in range(requests if repeat else min(requests, 20)):
-                    for name, stream in streams.items():
+                for number in range(requests if repeat else min(requests, 20)):
+                    for name, stream in rotated(streams, number):
                         times[name].append(await time_request(stream))
                         await anyio.sleep(PAUSE_S)  # what a request leaves to be done shall not fall into the next
                 if not repeat:
@@ -196,7 +205,7 @@ def _firsts(taken: Mapping[str, list[Latency]]) -> str:
 async def measure_row(row: Row, repeats: int, seconds: float) -> Samples:
     load = Load(row.clients, row.streams, max(2, round(seconds / row.step_s)))
     options = engine_options(load.num_streams, load.tokens, row.step_s)
-    samples: Samples = {}
+    samples: Samples = {name: [] for name in (IN_PROCESS, DAEMON, GRPC, ZMQ)}
     with tempfile.TemporaryDirectory(prefix="ferrum-bench-") as directory:
         with child("bench._ipc_load", json.dumps(options)) as in_process:
             async with servers(Path(directory), options) as serving:
@@ -213,9 +222,9 @@ async def measure_row(row: Row, repeats: int, seconds: float) -> Samples:
                     **{name: partial(run, *serving[name], load) for name, run in loads.items()},
                 }
                 for repeat in range(repeats):
-                    for name, run in runs.items():
-                        samples.setdefault(name, []).append(await run())
-                    found = ", ".join(f"{name} {taken[-1].us_per_token:.1f}" for name, taken in samples.items())
+                    for name, run in rotated(runs, repeat):
+                        samples[name].append(await run())
+                    found = ", ".join(f"{name} {samples[name][-1].us_per_token:.1f}" for name in runs)
                     progress(f"{_shape(row)}, repeat {repeat + 1} of {repeats}: {found} µs per token")
     return samples
 
