@@ -4,9 +4,10 @@ Every contender has the same engine: the real Runtime over a fake executor that 
 next to nothing. In-process it is opened by the process that reads; the daemon and the two peers (bench/_ipc_peers.py, which
 also says what they are spared) are processes of their own, behind Unix sockets. All event loops are uvloop's.
 
-*Latency*: one client with one stream at a time, through each contender's own asyncio client. Requests go to the contenders
-in turn, so that noise hits all alike. First token: from the call to the first chunk; per token: from one chunk to the next.
-Steps take 1 ms: a chunk is then handed out beside the step that follows, as with a model, and not in competition with it.
+*Latency*: one client with one stream at a time, through each contender's own asyncio client. They take turns of ten
+requests, in a new order each time, so that noise hits all alike and few requests find a server that has lain idle. First
+token: from the call to the first chunk; per token: from one chunk to the next. Steps take 1 ms: a chunk is then handed out
+beside the step that follows, as with a model, and not in competition with it.
 
 *Processor time*: of the server's process, in all threads, over the tokens that it streams while so many clients (a client is
 a connection) read so many streams each. One other process, this one, holds all connections and reads as little as it can;
@@ -19,6 +20,7 @@ takes in-process, with as many readers that do nothing. Steps are long enough th
 import argparse
 import itertools
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -50,6 +52,7 @@ IN_PROCESS, DAEMON, GRPC, ZMQ = "in-process", "daemon", "grpc.aio", "zmq.asyncio
 LATENCY_STEP_S = 0.001
 TOKENS = 8
 PAUSE_S = 0.001
+IN_A_ROW = 10
 
 
 class Row(NamedTuple):
@@ -71,11 +74,9 @@ Samples = dict[str, list[Sample]]
 """By contender."""
 
 
-def rotated(items: Mapping[str, T], number: int) -> list[tuple[str, T]]:
-    """The contenders, beginning with another one each time: none always comes behind the same one."""
-    order = list(items.items())
-    start = number % len(order)
-    return order[start:] + order[:start]
+def shuffled(items: Mapping[str, T], seed: int) -> list[tuple[str, T]]:
+    """The contenders in an order of their own each time: none always comes behind the same one, or first."""
+    return random.Random(seed).sample(list(items.items()), len(items))
 
 
 # -- servers --------------------------------------------------------------------------------------------------------------
@@ -169,6 +170,7 @@ async def time_request(stream: Stream) -> list[float]:
     async with stream() as chunks:
         async for _ in chunks:
             moments.append(time.perf_counter())
+    await anyio.sleep(PAUSE_S)  # what a request leaves to be done shall not fall into the next
     if len(moments) != TOKENS + 1:
         raise RuntimeError(f"{len(moments) - 1} chunks came for {TOKENS} tokens")
     return [after - before for before, after in itertools.pairwise(moments)]
@@ -180,10 +182,9 @@ async def measure_latency(repeats: int, requests: int) -> dict[str, list[Latency
         async with clients(Path(directory)) as streams:
             for repeat in range(repeats + 1):
                 times: dict[str, list[list[float]]] = {name: [] for name in streams}
-                for number in range(requests if repeat else min(requests, 20)):
-                    for name, stream in rotated(streams, number):
-                        times[name].append(await time_request(stream))
-                        await anyio.sleep(PAUSE_S)  # what a request leaves to be done shall not fall into the next
+                for number in range(-(-requests // IN_A_ROW) if repeat else 1):
+                    for name, stream in shuffled(streams, number):
+                        times[name] += [await time_request(stream) for _ in range(IN_A_ROW)]
                 if not repeat:
                     continue  # it warms up
                 for name, measured in times.items():
@@ -222,7 +223,7 @@ async def measure_row(row: Row, repeats: int, seconds: float) -> Samples:
                     **{name: partial(run, *serving[name], load) for name, run in loads.items()},
                 }
                 for repeat in range(repeats):
-                    for name, run in rotated(runs, repeat):
+                    for name, run in shuffled(runs, repeat):
                         samples[name].append(await run())
                     found = ", ".join(f"{name} {samples[name][-1].us_per_token:.1f}" for name in runs)
                     progress(f"{_shape(row)}, repeat {repeat + 1} of {repeats}: {found} µs per token")
