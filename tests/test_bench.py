@@ -67,3 +67,25 @@ def test_sampling() -> None:
     for figure in ("share_of_forward", "sampler_ms", "forward_ms"):
         assert report[figure].keys() == sets
         assert all(row.keys() == SPREAD and row["low"] > 0 for row in report[figure].values())
+
+
+@pytest.mark.slow
+def test_ipc() -> None:
+    report = smoke("ipc")
+    contenders = {"in-process", "daemon", "grpc.aio", "zmq.asyncio"}
+    latency = report["latency_us"]
+    assert latency.keys() == contenders
+    for name, found in latency.items():
+        figures = {"first_p50", "first_p99", "token_p50", "token_p99"}
+        assert all(found[figure].keys() == SPREAD and found[figure]["median"] > 0 for figure in figures)
+        assert found.keys() - figures == (set() if name == "in-process" else {"added"})
+    assert [(row["clients"], row["streams"]) for row in report["processor_time"]] == [(2, 2)]
+    for row in report["processor_time"]:
+        assert row["contenders"].keys() == contenders
+        for name, found in row["contenders"].items():
+            assert found["us_per_token"]["median"] > 0
+            # A step cannot be shorter than it sleeps: what was counted as one step is at most one.
+            assert found["step_s"]["median"] >= row["planned_step_s"]
+            assert ("added_us_per_token" in found) == (name != "in-process")
+    assert len(report["goals_met"]) == 7
+    assert all(isinstance(met, bool) for met in report["goals_met"].values())
