@@ -118,6 +118,7 @@ class Server:
             connection.close()
             self._lost(session)
             _log.warning("lost", extra={"connection": session.number, "error": error.strerror})
+            return
         if not session.is_lost:
             self._sessions.add(session)
         if self._refusal is not None:
