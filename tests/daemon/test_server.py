@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +32,26 @@ async def test_a_connection_that_the_loop_cannot_take_is_closed(tmp_path: Path, 
             await peer.say(HELLO, ask("a", "x"))
             await peer.hear_end_of("a")
             assert peer.text("a") == text_after("x", 10)
+
+
+async def test_want_of_descriptors_is_logged_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While no connection can be taken in, the log says so once, and then the connection is taken in after all."""
+    attempts = 0
+    accept = socket.socket.accept
+
+    def fail_twice(self: socket.socket) -> tuple[socket.socket, Any]:
+        nonlocal attempts
+        attempts += 1
+        if attempts < 3:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return accept(self)
+
+    monkeypatch.setattr("ferrum_rt.daemon.server._RETRY_S", 0.01)
+    monkeypatch.setattr(socket.socket, "accept", fail_twice)
+    async with server(tmp_path) as (_, path, _), connected(path) as peer:
+        await peer.say(HELLO, ask("a", "x"))
+        await peer.hear_end_of("a")
+    assert attempts >= 3
+    assert [record.msg for record in caplog.records if record.levelname == "WARNING"] == ["no room for a connection"]
