@@ -84,6 +84,7 @@ class Server:
             await self._is_empty.wait()
 
     async def _accept(self, listener: socket.socket) -> None:
+        has_room = True
         while True:
             try:
                 connection, _ = listener.accept()
@@ -94,9 +95,12 @@ class Server:
             except OSError as error:
                 if error.errno not in _NO_ROOM:
                     raise
-                _log.warning("no room for a connection", extra={"error": error.strerror})
+                if has_room:
+                    _log.warning("no room for a connection", extra={"error": error.strerror})
+                has_room = False
                 await anyio.sleep(_RETRY_S)  # it stays in the queue
             else:
+                has_room = True
                 await self._open(connection)
 
     async def _open(self, connection: socket.socket) -> None:
@@ -118,6 +122,7 @@ class Server:
             connection.close()
             self._lost(session)
             _log.warning("lost", extra={"connection": session.number, "error": error.strerror})
+            return
         if not session.is_lost:
             self._sessions.add(session)
         if self._refusal is not None:

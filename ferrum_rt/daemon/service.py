@@ -5,6 +5,7 @@ running work has ``scheduler.drain_s`` seconds to finish, the rest is cancelled.
 SIGHUP reads the configuration again.
 """
 
+import gc
 import logging
 import os
 import resource
@@ -75,6 +76,8 @@ class _Service:
             for listener in listeners:
                 await tasks.start(self._server.run, listener)
             tasks.start_soon(self._watch, tasks.cancel_scope)
+            # A full collection over torch's own objects stops the event loop for 90 ms; they are here to stay.
+            gc.freeze()
             _log.info("ready", extra={"model": self._engine.model_info.id})
             self._say_ready()
             async for number in signals:

@@ -56,8 +56,13 @@ from ferrum_rt.runtime.runtime import Runtime
 HELLO_LIMIT_S = 5.0
 CLOSE_LIMIT_S = 5.0
 MAX_CREDIT = 1_000_000
-# Messages of one connection that are handled before the others have their turn.
+# Messages of one connection that are handled before the others have their turn, unless they come to so many bytes before.
 _HANDLE_AT_ONCE = 16
+_HANDLE_BYTES = 16 * 1024
+# Messages of a conversation and the tool calls in them: each is checked on the event loop.
+_MAX_TURNS = 4096
+# An error may quote what a client sent, or what a chat template made of it.
+_MAX_FAILURE_LENGTH = 2000
 
 _log = logging.getLogger(__name__)
 _numbers = itertools.count(1)
@@ -135,7 +140,8 @@ def _check_fits(chunk: WireChunk) -> None:
 def failure(error: FerrumError, request_id: str = "") -> Failed:
     """The message for an error."""
     retry_after = error.retry_after if isinstance(error, ResourceExhausted) else None
-    return Failed(request_id=request_id, code=error.code, message=str(error), retry_after=retry_after)
+    message = str(error)[:_MAX_FAILURE_LENGTH]
+    return Failed(request_id=request_id, code=error.code, message=message, retry_after=retry_after)
 
 
 class _Stall:
@@ -186,7 +192,9 @@ class Session(asyncio.Protocol):
             self._take_in(data)
 
     def eof_received(self) -> bool:
-        """Who has nothing more to say cannot give credit either: it is gone."""
+        """Who has nothing more to say cannot give credit either: it is gone. What it had coming it may still read."""
+        if self._state in (_State.GREETING, _State.OPEN):
+            self._leave("the client has hung up")
         return False
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -204,6 +212,11 @@ class Session(asyncio.Protocol):
         self._cancel_all(error)
         self._messages.append(failure(error))
         self._transport.write(self._take_frames())
+        self._transport.close()
+
+    def _leave(self, reason: str) -> None:
+        self._enter(_State.CLOSING)
+        self._cancel_all(Cancelled(reason))
         self._transport.close()
 
     def abort(self) -> None:
@@ -251,13 +264,16 @@ class Session(asyncio.Protocol):
     def _take_in(self, data: bytes = b"") -> None:
         """Handle what is complete, a few messages at a time: a flood waits for its turn like everybody else."""
         messages = self._decoder.feed(data)
-        count = 0
+        count = num_bytes = 0
         try:
             for message in islice(messages, _HANDLE_AT_ONCE):
                 self._handle(message)
                 count += 1
+                num_bytes += self._decoder.message_bytes
                 if self._state is not _State.OPEN:
                     return
+                if num_bytes >= _HANDLE_BYTES:
+                    break
         except FerrumError as error:
             self.cut(error)
             return
@@ -265,7 +281,7 @@ class Session(asyncio.Protocol):
             messages.close()
         self._num_handled += count
         self._account(self._transport.get_write_buffer_size())
-        if count == _HANDLE_AT_ONCE:
+        if count == _HANDLE_AT_ONCE or num_bytes >= _HANDLE_BYTES:
             self._pause_reading()
             self._loop.call_soon(self._take_in_more)
         elif self._is_reading_paused:
@@ -297,9 +313,7 @@ class Session(asyncio.Protocol):
             case Query():
                 self._answer(message)
             case Goodbye():
-                self._enter(_State.CLOSING)
-                self._cancel_all(Cancelled("the client has said goodbye"))
-                self._transport.close()
+                self._leave("the client has said goodbye")
 
     def _greet(self, hello: Hello) -> None:
         if hello.version != VERSION:
@@ -311,6 +325,8 @@ class Session(asyncio.Protocol):
 
     def _submit(self, message: Submit) -> None:
         request_id = message.request_id
+        if not request_id or message.credit < 0:
+            raise InvalidFormat("submit: its request_id is empty, or its credit negative")
         if request_id in self._sinks:
             raise InvalidFormat(f"request_id {request_id!r} is under way already in this connection")
         try:
@@ -344,8 +360,11 @@ class Session(asyncio.Protocol):
         return sink
 
     def _check_sizes(self, wire: WireRequest) -> None:
-        """Before token ids are unpacked, which takes the event loop longer than to see that they are too many."""
+        """Before the request is put together, which takes the event loop longer than to see that it is too much."""
         info = self.engine.model_info
+        messages = wire.messages or ()
+        if len(messages) + sum(len(message.tool_calls) for message in messages) > _MAX_TURNS:
+            raise RequestValidationError(f"prompt: more than {_MAX_TURNS} messages and tool calls in them")
         for name, packed, limit in (
             ("prompt", wire.token_ids, info.max_model_len),
             ("allowed_token_ids", wire.sampling.allowed_token_ids, info.vocab_size),

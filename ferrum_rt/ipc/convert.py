@@ -20,6 +20,8 @@ from ferrum_rt.interfaces.types import (
 from ferrum_rt.ipc.messages import WireCall, WireChatMessage, WireChunk, WireRequest, WireSampling
 
 _ID_BYTES = 4
+_MAX_TOOLS_LENGTH = 2**18
+_MAX_CHOICE_LENGTH = 1024
 # Fields that have the same name and form in SamplingParams and on the wire, and those of InferenceRequest.
 _SAMPLING = tuple(
     name for name in SamplingParams.__struct_fields__ if name not in ("allowed_token_ids", "response_format", "mirostat")
@@ -56,9 +58,9 @@ def from_wire(wire: WireRequest) -> tuple[Any, dict[str, Any]]:
     fields: dict[str, Any] = {name: getattr(wire, name) for name in _REQUEST}
     fields["priority"] = wire.priority
     if wire.tools:
-        fields["tools"] = _from_json("tools", wire.tools)
+        fields["tools"] = _from_json("tools", wire.tools, _MAX_TOOLS_LENGTH)
     if wire.tool_choice:
-        fields["tool_choice"] = _from_json("tool_choice", wire.tool_choice)
+        fields["tool_choice"] = _from_json("tool_choice", wire.tool_choice, _MAX_CHOICE_LENGTH)
     fields |= {name: getattr(wire.sampling, name) for name in _SAMPLING}
     if wire.sampling.allowed_token_ids is not None:
         fields["allowed_token_ids"] = _unpack("allowed_token_ids", wire.sampling.allowed_token_ids)
@@ -173,7 +175,10 @@ def _to_json(value: Any) -> str:
     return msgspec.json.encode(value).decode()
 
 
-def _from_json(name: str, text: str) -> Any:
+def _from_json(name: str, text: str, limit: int) -> Any:
+    """Bounded before it is read: 4 MiB of empty lists take the event loop a second."""
+    if len(text) > limit:
+        raise InvalidFormat(f"{name}: {len(text)} characters of JSON; at most {limit} go over a connection")
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError) as error:

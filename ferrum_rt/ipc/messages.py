@@ -33,7 +33,7 @@ class _Message(_Struct, frozen=True, kw_only=True, tag_field="type"):
 # -- requests -------------------------------------------------------------------------------------------------------------
 
 
-class WireCall(_Struct, frozen=True, kw_only=True):
+class WireCall(_Struct, frozen=True, kw_only=True, gc=False):
     """A tool call in a conversation."""
 
     id: Name
@@ -41,7 +41,7 @@ class WireCall(_Struct, frozen=True, kw_only=True):
     arguments: str
 
 
-class WireChatMessage(_Struct, frozen=True, kw_only=True):
+class WireChatMessage(_Struct, frozen=True, kw_only=True, gc=False):
     """One turn of a conversation."""
 
     role: Name
