@@ -31,6 +31,7 @@ from ferrum_rt.interfaces.types import InferenceRequest, StreamChunk
 from ferrum_rt.ipc.convert import chunk_to_wire, from_wire, num_packed
 from ferrum_rt.ipc.framing import MAX_FRAME_BYTES, client_decoder, encode
 from ferrum_rt.ipc.messages import (
+    MAX_MESSAGES,
     VERSION,
     Accepted,
     Cancel,
@@ -56,11 +57,10 @@ from ferrum_rt.runtime.runtime import Runtime
 HELLO_LIMIT_S = 5.0
 CLOSE_LIMIT_S = 5.0
 MAX_CREDIT = 1_000_000
+_ACCEPT_WITHIN_S = 0.005
 # Messages of one connection that are handled before the others have their turn, unless they come to so many bytes before.
 _HANDLE_AT_ONCE = 16
 _HANDLE_BYTES = 16 * 1024
-# Messages of a conversation and the tool calls in them: each is checked on the event loop.
-_MAX_TURNS = 4096
 # An error may quote what a client sent, or what a chat template made of it.
 _MAX_FAILURE_LENGTH = 2000
 
@@ -167,9 +167,10 @@ class Session(asyncio.Protocol):
         self._state = _State.GREETING
         self._decoder = client_decoder(limits.frame_bytes)
         self._sinks: dict[str, _WireSink] = {}
-        self._chunks: list[WireChunk] = []
         self._messages: list[ServerMessage] = []
-        self._is_flush_due = False
+        self._chunks: list[WireChunk] = []
+        """Of the last of the messages, if that is Chunks."""
+        self._is_flush_due = self._is_flush_planned = False
         self._is_reading_paused = False
         self._num_started = self._num_handled = self._num_written = self._num_buffered = 0
         self._loop = asyncio.get_running_loop()
@@ -325,8 +326,6 @@ class Session(asyncio.Protocol):
 
     def _submit(self, message: Submit) -> None:
         request_id = message.request_id
-        if not request_id or message.credit < 0:
-            raise InvalidFormat("submit: its request_id is empty, or its credit negative")
         if request_id in self._sinks:
             raise InvalidFormat(f"request_id {request_id!r} is under way already in this connection")
         try:
@@ -334,14 +333,15 @@ class Session(asyncio.Protocol):
         except FerrumError as error:
             self.send(failure(error, request_id))
         else:
-            self.send(Accepted(request_id=request_id))
+            self._messages.append(Accepted(request_id=request_id))
+            self._flush_within(_ACCEPT_WITHIN_S)
 
     def _start(self, message: Submit) -> _WireSink:
         if len(self._sinks) >= self.limits.connection_requests:
             raise ResourceExhausted(f"this connection has {len(self._sinks)} requests under way, which is all it may")
         self._check_sizes(message.request)
         prompt, fields = from_wire(message.request)
-        fields["client_id"] = f"uid {self.user.uid}/{fields['client_id']}"
+        fields["client_id"] = f"uid {self.user.uid}/{message.request.client_id}"
         self._num_started += 1
         fields["id"] = f"{self.number}/{self._num_started}"
         request = build_request(prompt, fields)
@@ -363,8 +363,8 @@ class Session(asyncio.Protocol):
         """Before the request is put together, which takes the event loop longer than to see that it is too much."""
         info = self.engine.model_info
         messages = wire.messages or ()
-        if len(messages) + sum(len(message.tool_calls) for message in messages) > _MAX_TURNS:
-            raise RequestValidationError(f"prompt: more than {_MAX_TURNS} messages and tool calls in them")
+        if len(messages) + sum(len(message.tool_calls) for message in messages) > MAX_MESSAGES:
+            raise RequestValidationError(f"prompt: more than {MAX_MESSAGES} messages and tool calls in them")
         for name, packed, limit in (
             ("prompt", wire.token_ids, info.max_model_len),
             ("allowed_token_ids", wire.sampling.allowed_token_ids, info.vocab_size),
@@ -400,14 +400,16 @@ class Session(asyncio.Protocol):
     # -- messages out -------------------------------------------------------------------------------------------------
 
     def send(self, message: ServerMessage) -> None:
-        """Behind the chunks that are on their way."""
+        """Behind what is on its way."""
         self._messages.append(message)
         self._flush_soon()
 
     def send_chunk(self, chunk: WireChunk) -> None:
         """With what else the step brings."""
+        if not self._chunks:
+            self._messages.append(Chunks(chunks=self._chunks))
+            self._flush_soon()
         self._chunks.append(chunk)
-        self._flush_soon()
 
     def end(self, request_id: str, sink: _WireSink, message: Finished | Failed) -> None:
         """A request's last message."""
@@ -420,33 +422,40 @@ class Session(asyncio.Protocol):
             self._is_flush_due = True
             self._loop.call_soon(self._flush)
 
+    def _flush_within(self, limit_s: float) -> None:
+        """For what would only wake the client: what it waits for often follows at once."""
+        if not (self._is_flush_due or self._is_flush_planned):
+            self._is_flush_planned = True
+            self._loop.call_later(limit_s, self._flush)
+
     def _flush(self) -> None:
-        self._is_flush_due = False
-        if self._state is not _State.OPEN:
+        self._is_flush_due = self._is_flush_planned = False
+        if self._state is not _State.OPEN or not self._messages:
             return
         waiting = self._transport.get_write_buffer_size()
         if waiting > self.limits.connection_output_bytes:
             self.cut(ResourceExhausted(f"{waiting} bytes wait for this client to read them, which is more than may"))
             return
-        frames = self._take_frames()
+        try:
+            frames = self._take_frames()
+        except InvalidFormat as error:  # a chunk that no frame takes
+            self.cut(error)
+            return
         self._num_written += len(frames)
         self._transport.write(frames)
         self._account(waiting + len(frames))
 
     def _take_frames(self) -> bytes:
-        """Chunks first: the messages behind them may be their requests' last."""
-        chunks, messages = self._chunks, self._messages
-        self._chunks, self._messages = [], []
-        frames = _encode_chunks(chunks) if chunks else b""
-        return frames + b"".join(map(encode, messages)) if messages else frames
+        messages, self._messages, self._chunks = self._messages, [], []
+        return b"".join(map(_frames, messages))
 
 
-def _encode_chunks(chunks: list[WireChunk]) -> bytes:
-    """One frame, unless that takes more than a frame may."""
+def _frames(message: ServerMessage) -> bytes:
+    """One, unless chunks take more than a frame may."""
     try:
-        return encode(Chunks(chunks=chunks))
+        return encode(message)
     except InvalidFormat:
-        if len(chunks) == 1:
+        if not isinstance(message, Chunks) or len(message.chunks) == 1:
             raise
-        half = len(chunks) // 2
-        return _encode_chunks(chunks[:half]) + _encode_chunks(chunks[half:])
+        half = len(message.chunks) // 2
+        return _frames(Chunks(chunks=message.chunks[:half])) + _frames(Chunks(chunks=message.chunks[half:]))

@@ -22,10 +22,12 @@ from ferrum_rt.ipc.messages import WireCall, WireChatMessage, WireChunk, WireReq
 _ID_BYTES = 4
 _MAX_TOOLS_LENGTH = 2**18
 _MAX_CHOICE_LENGTH = 1024
-# Fields that have the same name and form in SamplingParams and on the wire, and those of InferenceRequest.
-_SAMPLING = tuple(
-    name for name in SamplingParams.__struct_fields__ if name not in ("allowed_token_ids", "response_format", "mirostat")
-)
+# Fields of SamplingParams that have the same name and form on the wire, with their defaults; and those of InferenceRequest.
+_SAMPLING = {
+    name: getattr(SamplingParams(), name)
+    for name in SamplingParams.__struct_fields__
+    if name not in ("allowed_token_ids", "response_format", "mirostat")
+}
 _REQUEST = ("model_id", "client_id", "session_id", "deadline_s", "metadata", "parse_special_tokens")
 
 
@@ -50,18 +52,17 @@ def to_wire(request: InferenceRequest) -> WireRequest:
 
 
 def from_wire(wire: WireRequest) -> tuple[Any, dict[str, Any]]:
-    """(prompt, fields), for ``build_request`` to check like those of any other caller. Raises RequestValidationError where
-    the parts of the prompt, packed token ids or JSON text are none."""
-    prompts = [part for part in (wire.text, wire.token_ids, wire.messages) if part is not None]
+    """(prompt, fields), for ``build_request`` to check like those of any other caller; fields at their default are left out.
+    Raises RequestValidationError where the parts of the prompt, packed token ids or JSON text are none."""
+    fields: dict[str, Any] = msgspec.to_builtins(wire, builtin_types=(bytes,))
+    prompts = [part for name in ("text", "token_ids", "messages") if (part := fields.pop(name, None)) is not None]
     if len(prompts) != 1:
         raise RequestValidationError(f"prompt: one of text, token_ids and messages must be there, found {len(prompts)}")
-    fields: dict[str, Any] = {name: getattr(wire, name) for name in _REQUEST}
-    fields["priority"] = wire.priority
     if wire.tools:
         fields["tools"] = _from_json("tools", wire.tools, _MAX_TOOLS_LENGTH)
     if wire.tool_choice:
         fields["tool_choice"] = _from_json("tool_choice", wire.tool_choice, _MAX_CHOICE_LENGTH)
-    fields |= {name: getattr(wire.sampling, name) for name in _SAMPLING}
+    fields |= fields.pop("sampling", {})
     if wire.sampling.allowed_token_ids is not None:
         fields["allowed_token_ids"] = _unpack("allowed_token_ids", wire.sampling.allowed_token_ids)
     if wire.sampling.response_format is not None:
@@ -104,7 +105,7 @@ def chunk_from_wire(chunk: WireChunk, request_id: RequestId) -> StreamChunk:
     )
 
 
-def _prompt(part: str | bytes | list[WireChatMessage]) -> Any:
+def _prompt(part: str | bytes | list[dict[str, Any]]) -> Any:
     if isinstance(part, str):
         return part
     if isinstance(part, bytes):
@@ -113,7 +114,7 @@ def _prompt(part: str | bytes | list[WireChatMessage]) -> Any:
 
 
 def _sampling_to_wire(params: SamplingParams) -> WireSampling:
-    same = {name: getattr(params, name) for name in _SAMPLING}
+    same = {name: value for name, default in _SAMPLING.items() if (value := getattr(params, name)) != default}
     allowed, form, mirostat = params.allowed_token_ids, params.response_format, params.mirostat
     return WireSampling(
         **same,
@@ -139,15 +140,12 @@ def _message_to_wire(message: ChatMessage) -> WireChatMessage:
     )
 
 
-def _message_from_wire(message: WireChatMessage) -> dict[str, Any]:
-    calls = [{"id": call.id, "function": {"name": call.name, "arguments": call.arguments}} for call in message.tool_calls]
-    return {
-        "role": message.role,
-        "content": message.content,
-        "name": message.name,
-        "tool_calls": calls,
-        "tool_call_id": message.tool_call_id,
-    }
+def _message_from_wire(message: dict[str, Any]) -> dict[str, Any]:
+    calls = [
+        {"id": call["id"], "function": {"name": call["name"], "arguments": call["arguments"]}}
+        for call in message.pop("tool_calls", ())
+    ]
+    return message | {"tool_calls": calls} if calls else message
 
 
 def _pack(token_ids: list[int]) -> bytes:
@@ -178,7 +176,7 @@ def _to_json(value: Any) -> str:
 def _from_json(name: str, text: str, limit: int) -> Any:
     """Bounded before it is read: 4 MiB of empty lists take the event loop a second."""
     if len(text) > limit:
-        raise InvalidFormat(f"{name}: {len(text)} characters of JSON; at most {limit} go over a connection")
+        raise RequestValidationError(f"{name}: {len(text)} characters of JSON; at most {limit} go over a connection")
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError) as error:

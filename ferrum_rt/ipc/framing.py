@@ -21,13 +21,10 @@ _ENCODER = msgspec.msgpack.Encoder()
 
 def encode(message: ClientMessage | ServerMessage) -> bytes:
     """One frame. Raises InvalidFormat for a message that is too long for one."""
-    frame = bytearray(_HEADER_BYTES)
-    _ENCODER.encode_into(message, frame, _HEADER_BYTES)
-    length = len(frame) - _HEADER_BYTES
-    if length > MAX_FRAME_BYTES:
-        raise InvalidFormat(f"the message has {length} bytes; a frame takes at most {MAX_FRAME_BYTES}")
-    frame[:_HEADER_BYTES] = length.to_bytes(_HEADER_BYTES, "little")
-    return bytes(frame)
+    body = _ENCODER.encode(message)
+    if len(body) > MAX_FRAME_BYTES:
+        raise InvalidFormat(f"the message has {len(body)} bytes; a frame takes at most {MAX_FRAME_BYTES}")
+    return len(body).to_bytes(_HEADER_BYTES, "little") + body
 
 
 class FrameDecoder(Generic[T]):

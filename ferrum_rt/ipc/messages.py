@@ -14,6 +14,8 @@ from msgspec import Meta
 from ferrum_rt.interfaces.types import FinishReason, TokenId, TokenLogprobs, ToolCallDelta, Usage
 
 VERSION = 1
+MAX_MESSAGES = 4096
+"""Of a conversation, the tool calls in it counted too: each is checked on the daemon's event loop."""
 
 Name = Annotated[str, Meta(max_length=256)]
 RequestName = Annotated[str, Meta(min_length=1, max_length=256)]
@@ -88,7 +90,7 @@ class WireRequest(_Struct, frozen=True, kw_only=True):
 
     text: str | None = None
     token_ids: bytes | None = None
-    messages: Annotated[list[WireChatMessage], Meta(max_length=10_000)] | None = None
+    messages: Annotated[list[WireChatMessage], Meta(max_length=4 * MAX_MESSAGES)] | None = None
     model_id: Name | None = None
     sampling: WireSampling = WireSampling()
     priority: int = 1
