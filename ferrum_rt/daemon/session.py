@@ -407,6 +407,7 @@ class Session(asyncio.Protocol):
         """A request's last message."""
         del self._sinks[request_id]
         self.user.give_back(sink.cost, sink.generation)
+        sink.generation = None  # which knows of the sink: a cycle is only found by a collection, and that stops the loop
         self.send(message)
 
     def _flush_soon(self) -> None:
