@@ -12,7 +12,7 @@ import anyio.lowlevel
 from anyio.abc import TaskStatus
 
 from ferrum_rt.daemon.config import DaemonLimits
-from ferrum_rt.daemon.session import CLOSE_LIMIT_S, Session, failure
+from ferrum_rt.daemon.session import CLOSE_LIMIT_S, Session, Turns, failure
 from ferrum_rt.daemon.socket_file import Peer, check_peer, peer
 from ferrum_rt.daemon.users import User
 from ferrum_rt.interfaces.errors import Cancelled, FerrumError, ResourceExhausted
@@ -34,6 +34,7 @@ class Server:
         self._engine = engine
         self._allowed_uids, self._limits = allowed_uids, limits
         self._sessions: set[Session] = set()
+        self._turns = Turns()
         self._users: dict[int, User] = {}
         self._refusal: Cancelled | None = None
         self._is_empty = anyio.Event()
@@ -113,7 +114,7 @@ class Server:
             await anyio.lowlevel.checkpoint()
             return
         connection.setblocking(False)
-        session = Session(self._engine, user, self._limits, self._lost)
+        session = Session(self._engine, user, self._limits, self._turns, self._lost)
         user.num_connections += 1
         _log.debug("connected", extra={"connection": session.number, "uid": who.uid, "pid": who.pid})
         try:

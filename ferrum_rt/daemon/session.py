@@ -5,6 +5,7 @@ step brings for a connection leave in one frame, written once.
 """
 
 import asyncio
+import collections
 import enum
 import itertools
 import logging
@@ -156,12 +157,36 @@ class _Stall:
         return now - self._since
 
 
+class Turns:
+    """Connections with more to say than is handled at once: one of them goes on in each turn of the event loop, so that
+    however many there are the engine has its turn as well."""
+
+    def __init__(self) -> None:
+        self._waiting: collections.deque[Callable[[], None]] = collections.deque()
+
+    def wait(self, go_on: Callable[[], None]) -> None:
+        if not self._waiting:
+            asyncio.get_running_loop().call_soon(self._next)
+        self._waiting.append(go_on)
+
+    def _next(self) -> None:
+        try:
+            self._waiting[0]()
+        finally:
+            self._waiting.popleft()
+            if self._waiting:
+                asyncio.get_running_loop().call_soon(self._next)
+
+
 class Session(asyncio.Protocol):
     """A connection of ``user``'s. ``on_lost`` is called once, when it is gone. Prefixes are shared among one user's requests
-    alone."""
+    alone. ``turns`` is the same for all of a server's."""
 
-    def __init__(self, engine: Runtime, user: User, limits: DaemonLimits, on_lost: Callable[["Session"], None]) -> None:
+    def __init__(
+        self, engine: Runtime, user: User, limits: DaemonLimits, turns: Turns, on_lost: Callable[["Session"], None]
+    ) -> None:
         self.engine, self.user, self.limits = engine, user, limits
+        self._turns = turns
         self._on_lost = on_lost
         self.number = next(_numbers)
         self._state = _State.GREETING
@@ -284,7 +309,7 @@ class Session(asyncio.Protocol):
         self._account(self._transport.get_write_buffer_size())
         if count == _HANDLE_AT_ONCE or num_bytes >= _HANDLE_BYTES:
             self._pause_reading()
-            self._loop.call_soon(self._take_in_more)
+            self._turns.wait(self._take_in_more)
         elif self._is_reading_paused:
             self._is_reading_paused = False
             self._transport.resume_reading()
@@ -415,6 +440,7 @@ class Session(asyncio.Protocol):
         """A request's last message."""
         del self._sinks[request_id]
         self.user.give_back(sink.cost, sink.generation)
+        sink.generation = None  # which knows of the sink: a cycle is only found by a collection, and that stops the loop
         self.send(message)
 
     def _flush_soon(self) -> None:

@@ -108,13 +108,13 @@ class RawClient:
 
     def __init__(self, path: Path, *, uid: int | None = None) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(20)
         self._decoder = server_decoder()
         self.heard: list[ServerMessage] = []
         if uid is None:
             self.socket.connect(str(path))
         else:
             connect_as(self.socket, path, uid)
+        self.socket.settimeout(20)
 
     def say(self, *messages: ClientMessage) -> None:
         self.socket.sendall(b"".join(map(encode, messages)))
@@ -182,6 +182,7 @@ async def longest_wait(path: Path, attack: Callable[[], None]) -> float:
 async def gaps_of_a_stream(path: Path, request: bytes, attack: Callable[[], None]) -> list[float]:
     """Seconds between the chunks of a request while ``attack`` ran in a thread; the request must go on for as long."""
     times: list[float] = []
+    has_begun = anyio.Event()
 
     async def stream_on() -> None:
         async with await anyio.connect_unix(path) as stream:
@@ -192,9 +193,11 @@ async def gaps_of_a_stream(path: Path, request: bytes, attack: Callable[[], None
                     assert not isinstance(message, Failed), message
                     if isinstance(message, Chunks):
                         times.append(time.perf_counter())
+                        has_begun.set()
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(stream_on)
+        await has_begun.wait()
         await anyio.to_thread.run_sync(attack)
         tasks.cancel_scope.cancel()
     return [after - before for before, after in itertools.pairwise(times)]

@@ -1,8 +1,10 @@
 """Clients that do not behave: too slow, half gone, deaf, or without an end."""
 
 import asyncio
+import gc
 import os
 import socket
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from ferrum_rt.interfaces.sampler import TokenScores
 from ferrum_rt.interfaces.types import TokenId
 from ferrum_rt.ipc.framing import encode, server_decoder
 from ferrum_rt.ipc.messages import (
+    Cancel,
     Chunks,
     Credit,
     Failed,
@@ -125,6 +128,7 @@ async def test_a_frame_that_is_not_finished_ends_its_connection(tmp_path: Path) 
 # -- deaf -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_a_client_that_reads_nothing_is_cut_off_in_time(tmp_path: Path) -> None:
     """Output that nobody reads for ``stall_s`` ends the connection, though the client has credit and goes on talking; if it
     does not read why, its descriptor is free after CLOSE_LIMIT_S. Meanwhile others are served."""
@@ -154,6 +158,7 @@ async def test_a_client_that_reads_nothing_is_cut_off_in_time(tmp_path: Path) ->
     assert other.text("b") == text_after("y", 10)
 
 
+@pytest.mark.slow
 async def test_a_client_that_reads_a_little_is_left_alone(tmp_path: Path) -> None:
     """Whoever reads something between two checks is slow, not deaf."""
     limits = DaemonLimits(stall_s=10)
@@ -171,6 +176,7 @@ async def test_a_client_that_reads_a_little_is_left_alone(tmp_path: Path) -> Non
             assert serving.num_connections == 1
 
 
+@pytest.mark.slow
 async def test_chunks_that_are_not_read_end_their_connection(tmp_path: Path) -> None:
     """More bytes than ``connection_output_bytes`` waiting for a client with all the credit in the world are its end."""
     limits = DaemonLimits(connection_output_bytes=10_000)
@@ -210,6 +216,7 @@ async def the_session(serving: Server) -> sessions.Session:
     return session
 
 
+@pytest.mark.slow
 async def test_who_says_goodbye_and_does_not_read_is_closed(tmp_path: Path) -> None:
     """What it does not read within CLOSE_LIMIT_S it never will."""
     async with server(tmp_path, config=FOREVER) as (engine, path, serving):
@@ -257,6 +264,24 @@ async def test_an_id_is_the_clients_own_affair(tmp_path: Path) -> None:
         await peer.say(HELLO, ask("a\x1b[2J\n", "x"), ask("b", "x"))
         await peer.hear_end_of("a\x1b[2J\n", "b")
     assert peer.text("a\x1b[2J\n") == peer.text("b") == text_after("x", 10)
+
+
+@pytest.mark.slow
+async def test_a_request_that_has_ended_is_freed_without_a_collection(tmp_path: Path) -> None:
+    """Nothing of it is a cycle: under a flood the collections would stop everybody, each for as long as a hundred steps."""
+    gc.collect()
+    gc.disable()
+    try:
+        async with server(tmp_path) as (engine, path, _), connected(path) as peer:
+            await peer.say(HELLO, ask("a", "x"), ask("b", "x", max_tokens=900, credit=1))
+            await until(lambda: len(engine._active) == 2)
+            alive = [weakref.ref(generation.sink) for generation in engine._active.values()]
+            await peer.say(Cancel(request_id="b"))
+            await peer.say(ask("c", "x"))  # the tokenizer's task still has the ones before in hand
+            await peer.hear_end_of("a", "b", "c")
+            await until(lambda: all(sink() is None for sink in alive))
+    finally:
+        gc.enable()
 
 
 async def test_credit_does_not_overflow(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from ferrum_rt.ipc.messages import Failed
 from tests.daemon.attacks import HELLO, NO_MESSAGES, NO_REQUESTS, Process, RawClient, longest_wait, submit
 from tests.fakes.daemon import daemon_process
 
+pytestmark = pytest.mark.slow
+
 # Far above what is measured on a quiet machine: 40 ms, and 60 MiB, which are the fake tokenizer's ids for 4 MiB of text.
 MAX_WAIT_S = 0.1
 MAX_PEAK_MIB = 100
@@ -68,7 +70,6 @@ async def test_a_request_that_cannot_be_served_fails_alone(target: Target, name:
     assert 20 < len(failed.message) <= 2000
 
 
-@pytest.mark.slow
 async def test_many_such_messages_at_once_take_turns(target: Target) -> None:
     """Thirty-two of the costliest in one go keep others waiting no longer than a few of them take."""
     costly = b"".join(submit({"messages": [{"role": "x"}] * 4000}, f"{n}") for n in range(32))
