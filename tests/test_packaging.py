@@ -4,11 +4,13 @@ import configparser
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from ferrum_rt.cli import ERROR
+from ferrum_rt.daemon.config import DaemonLimits, load_serve_config
 from ferrum_rt.daemon.service import ENGINE_FAILED
 from ferrum_rt.interfaces.config import SchedulerConfig
 
@@ -63,3 +65,11 @@ def test_systemd_understands_the_units(tmp_path: Path, monkeypatch: pytest.Monke
         ["systemd-analyze", "verify", "--user", *units], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_sample_configuration_is_the_default() -> None:
+    """It loads, names every limit, and says of each what it is when it is left out."""
+    path = UNITS.parent / "ferrum-rt.toml"
+    config = load_serve_config(path, model=None, socket=None, fields={})
+    assert config == load_serve_config(None, model=None, socket=None, fields={})
+    assert set(tomllib.loads(path.read_text())["daemon"]["limits"]) == set(DaemonLimits.__struct_fields__)

@@ -17,7 +17,6 @@ from ferrum_rt.daemon.socket_file import Peer, check_peer, peer
 from ferrum_rt.daemon.users import User
 from ferrum_rt.interfaces.errors import Cancelled, FerrumError, ResourceExhausted
 from ferrum_rt.ipc.framing import encode
-from ferrum_rt.ipc.messages import GoingAway
 from ferrum_rt.runtime.runtime import Runtime
 
 _CHECK_EVERY_S = 1.0
@@ -65,8 +64,8 @@ class Server:
     def go_away(self, reason: str, drain_s: float) -> None:
         """Tell everybody that no new work is taken, and refuse whoever comes."""
         self._refusal = Cancelled(reason)
-        for session in self._sessions:
-            session.send(GoingAway(reason=reason, drain_s=drain_s))
+        for session in list(self._sessions):
+            session.go_away(reason, drain_s)
 
     async def close(self) -> None:
         """End every connection: what is on its way to a client that reads still arrives."""

@@ -41,6 +41,7 @@ from ferrum_rt.ipc.messages import (
     Credit,
     Failed,
     Finished,
+    GoingAway,
     Goodbye,
     Hello,
     Limits,
@@ -240,6 +241,13 @@ class Session(asyncio.Protocol):
         self._transport.write(self._take_frames())
         self._transport.close()
 
+    def go_away(self, reason: str, drain_s: float) -> None:
+        """Say that no new work is taken; to who has not said hello yet, that it comes too late."""
+        if self._state is _State.OPEN:
+            self._send(GoingAway(reason=reason, drain_s=drain_s))
+        else:
+            self.cut(Cancelled(reason))
+
     def _leave(self, reason: str) -> None:
         self._enter(_State.CLOSING)
         self._cancel_all(Cancelled(reason))
@@ -347,7 +355,7 @@ class Session(asyncio.Protocol):
         self._enter(_State.OPEN)
         limits = Limits(frame_bytes=self.limits.frame_bytes, requests=self.limits.connection_requests)
         config = msgspec.json.encode(self.engine.config).decode()
-        self.send(Welcome(version=VERSION, model=self.engine.model_info.id, limits=limits, config=config))
+        self._send(Welcome(version=VERSION, model=self.engine.model_info.id, limits=limits, config=config))
 
     def _submit(self, message: Submit) -> None:
         request_id = message.request_id
@@ -356,7 +364,7 @@ class Session(asyncio.Protocol):
         try:
             self._sinks[request_id] = self._start(message)
         except FerrumError as error:
-            self.send(failure(error, request_id))
+            self._send(failure(error, request_id))
         else:
             self._messages.append(Accepted(request_id=request_id))
             self._flush_within(_ACCEPT_WITHIN_S)
@@ -420,11 +428,11 @@ class Session(asyncio.Protocol):
                 content = self.engine.status_now()
             case "health":
                 content = self.engine.health_now()
-        self.send(Report(query_id=query.query_id, content=msgspec.json.encode(content).decode()))
+        self._send(Report(query_id=query.query_id, content=msgspec.json.encode(content).decode()))
 
     # -- messages out -------------------------------------------------------------------------------------------------
 
-    def send(self, message: ServerMessage) -> None:
+    def _send(self, message: ServerMessage) -> None:
         """Behind what is on its way."""
         self._messages.append(message)
         self._flush_soon()
@@ -441,7 +449,7 @@ class Session(asyncio.Protocol):
         del self._sinks[request_id]
         self.user.give_back(sink.cost, sink.generation)
         sink.generation = None  # which knows of the sink: a cycle is only found by a collection, and that stops the loop
-        self.send(message)
+        self._send(message)
 
     def _flush_soon(self) -> None:
         if not self._is_flush_due:

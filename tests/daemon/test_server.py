@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ferrum_rt.ipc.messages import Failed, GoingAway
 from tests.daemon.serving import server
 from tests.daemon.test_session import HELLO, ask, connected
 from tests.runtime.engines import text_after, until
@@ -32,6 +33,20 @@ async def test_a_connection_that_the_loop_cannot_take_is_closed(tmp_path: Path, 
             await peer.say(HELLO, ask("a", "x"))
             await peer.hear_end_of("a")
             assert peer.text("a") == text_after("x", 10)
+
+
+async def test_who_has_not_said_hello_when_the_daemon_goes_is_refused(tmp_path: Path) -> None:
+    """Its first message is never going_away; who has been welcomed gets just that."""
+    async with server(tmp_path) as (_, path, serving), connected(path) as silent, connected(path) as peer:
+        await peer.say(HELLO)
+        await peer.hear(until_count=1)
+        serving.go_away("tidying up", 3.0)
+        await peer.hear(until_count=2)
+        await silent.hear_all()
+    assert peer.heard[1] == GoingAway(reason="tidying up", drain_s=3.0)
+    [failed] = silent.heard
+    assert isinstance(failed, Failed)
+    assert (failed.code, failed.message) == ("cancelled", "tidying up")
 
 
 async def test_want_of_descriptors_is_logged_once(
