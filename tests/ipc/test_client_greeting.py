@@ -29,19 +29,17 @@ METRICS = EngineMetrics(
         pages=PageCounts(total=1, free=1, active=0, cached=0),
     ),
 )
-GREETING = [
-    Welcome(
-        version=1,
-        model="m",
-        limits=Limits(frame_bytes=4096, requests=8),
-        config=msgspec.json.encode(EngineConfig()).decode(),
-    ),
-    Report(query_id=0, content=msgspec.json.encode(METRICS).decode()),
-]
+WELCOME = Welcome(
+    version=1,
+    model="m",
+    limits=Limits(frame_bytes=4096, requests=8),
+    config=msgspec.json.encode(EngineConfig()).decode(),
+)
+GREETING = encode(WELCOME) + encode(Report(query_id=0, content=msgspec.json.encode(METRICS).decode()))
 
 
 async def test_what_comes_with_the_greeting_is_heard(tmp_path: Path) -> None:
-    """A daemon that answers the greeting and ends in one breath: its client's requests get the reason, not ConnectionLost."""
+    """A daemon that greets and ends in one breath: its client's requests get the reason, not ConnectionLost."""
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
@@ -51,7 +49,7 @@ async def test_what_comes_with_the_greeting_is_heard(tmp_path: Path) -> None:
             await anyio.wait_readable(listener)
             connection, _ = listener.accept()
             with connection:
-                connection.sendall(b"".join(map(encode, [*GREETING, Failed(code="cancelled", message="it ends")])))
+                connection.sendall(GREETING + encode(Failed(code="cancelled", message="it ends")))
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(greet_and_end)
