@@ -44,7 +44,8 @@ from tests.runtime.engines import text_after
 
 STEP_S = 0.008
 NUM_CLIENTS, NUM_STREAMS = 4, 4
-MAX_DELAY_S = 0.3
+MAX_DELAYS_S = (0.03, 0.3)
+"""From the start of the load to the signal: while clients still connect, or in the midst of their requests."""
 KILL, TERM, SHORT_TERM = "SIGKILL", "SIGTERM", "SIGTERM, no time to drain"
 DRAIN_S = {KILL: 20.0, TERM: 20.0, SHORT_TERM: 0.02}
 END_LIMIT_S = 10.0
@@ -163,7 +164,7 @@ async def play(path: Path, dice: random.Random, now: Round) -> None:
         async with anyio.create_task_group() as clients:
             for _ in range(NUM_CLIENTS):
                 clients.start_soon(client, path, dice, numbers, now)
-            await anyio.sleep(dice.uniform(0.0, MAX_DELAY_S))
+            await anyio.sleep(dice.uniform(0.0, dice.choice(MAX_DELAYS_S)))
             now.signalled_at = time.monotonic()
             daemon.send(signal.SIGKILL if now.kind == KILL else signal.SIGTERM)
             clients.start_soon(watch_end, daemon, path, now)
