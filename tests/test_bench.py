@@ -35,6 +35,21 @@ def test_host_overhead() -> None:
 
 
 @pytest.mark.slow
+def test_daemon_kills() -> None:
+    report = smoke("daemon_kills")
+    assert report["violations"] == []
+    assert {kind: row["rounds"] for kind, row in report["results"].items()} == {
+        "SIGKILL": 3,
+        "SIGTERM": 2,
+        "SIGTERM, no time to drain": 2,
+    }
+    for row in report["results"].values():
+        assert sum(row["requests"].values()) > 0
+        for name in ("signal_to_last_end_ms", "signal_to_exit_ms", "start_ms"):
+            assert row[name].keys() == SPREAD
+
+
+@pytest.mark.slow
 def test_throughput() -> None:
     rows = smoke("throughput")["results"]
     assert [row["batch"] for row in rows] == [1, 2]

@@ -117,7 +117,9 @@ class Server:
         user.num_connections += 1
         _log.debug("connected", extra={"connection": session.number, "uid": who.uid, "pid": who.pid})
         try:
-            await asyncio.get_running_loop().connect_accepted_socket(lambda: session, connection)
+            # A turn of the loop or two; given up half-way, it would be hung up on without a word.
+            with anyio.CancelScope(shield=True):
+                await asyncio.get_running_loop().connect_accepted_socket(lambda: session, connection)
         except OSError as error:  # the event loop could not take it over
             connection.close()
             self._lost(session)

@@ -286,9 +286,11 @@ class Client:
             self._is_sent = anyio.Event()
 
     async def _read(self) -> None:
+        data = b""  # first what came in one piece with the answer to the greeting
         while True:
-            for message in self._decoder.feed(await self._connection.receive()):
+            for message in self._decoder.feed(data):
                 self._handle(message)
+            data = await self._connection.receive()
 
     def _handle(self, message: ServerMessage) -> None:
         match message:
