@@ -13,7 +13,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import anyio
 import uvloop
@@ -27,10 +27,12 @@ ROOT = Path(__file__).parents[2]
 
 
 @asynccontextmanager
-async def daemon_process(path: Path, **options: Any) -> AsyncIterator[subprocess.Popen[bytes]]:
-    """It serves ``path`` when the block begins, and is killed at its end if it still runs."""
+async def daemon_process(
+    path: Path, *, stderr: IO[bytes] | None = None, **options: Any
+) -> AsyncIterator[subprocess.Popen[bytes]]:
+    """It serves ``path`` when the block begins, and is killed at its end if it still runs. ``stderr`` takes what it says."""
     command = [sys.executable, "-m", "tests.fakes.daemon", str(path), json.dumps(options)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:  # noqa: ASYNC220
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, cwd=ROOT) as process:  # noqa: ASYNC220
         try:
             assert process.stdout is not None
             with anyio.fail_after(60):
