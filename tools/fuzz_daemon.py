@@ -85,7 +85,7 @@ class Walk:
                 self._settle()
         if not self._can_go_on or (self._is_leaving and not line.ledger.waiting):
             self._leave()
-        line.pump()
+        line.flush()
 
     def _burst(self) -> None:
         self._num_bursts -= 1
@@ -98,7 +98,7 @@ class Walk:
                 self._say_hostile()
         if self._can_go_on:
             self.line.say(encode(Query(query_id=self._rng.getrandbits(60), kind="health")))
-        self.line.pump()
+        self.line.flush()
 
     @property
     def _can_go_on(self) -> bool:
@@ -170,7 +170,7 @@ class Healthy:
         request = WireRequest(text=f"answer {self.num_answers}: ", sampling=WireSampling(max_tokens=20))
         self.line.sent.clear()
         self.line.say(encode(Submit(request_id="answer", request=request, credit=100)), is_right=True)
-        self.line.pump()
+        self.line.flush()
         self.asked_at, self._is_waiting = time.monotonic(), True
 
     def step(self) -> None:

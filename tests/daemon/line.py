@@ -48,9 +48,20 @@ class Line:
             self.num_frames += 1
             self.ledger.broke()
 
+    def flush(self) -> None:
+        """Send what can be sent."""
+        while self.unsent and not self.is_over and not self.is_shut:
+            try:
+                sent = self.socket.send(self.unsent)
+            except BlockingIOError:
+                return
+            except (BrokenPipeError, ConnectionResetError):  # why, the daemon has said
+                sent = len(self.unsent)
+            del self.unsent[:sent]
+
     def pump(self, *, is_reading: bool = True) -> None:
-        """Raises AssertionError for what the protocol does not allow."""
-        self._send()
+        """Send and hear what can be. Raises AssertionError for what the protocol does not allow."""
+        self.flush()
         while is_reading and not self.is_over:
             try:
                 data = self.socket.recv(_RECEIVE_BYTES)
@@ -76,13 +87,3 @@ class Line:
         self.ledger.left()
         self.is_over = True
         self.socket.close()
-
-    def _send(self) -> None:
-        while self.unsent and not self.is_over and not self.is_shut:
-            try:
-                sent = self.socket.send(self.unsent)
-            except BlockingIOError:
-                return
-            except (BrokenPipeError, ConnectionResetError):  # why, the daemon has said
-                sent = len(self.unsent)
-            del self.unsent[:sent]
