@@ -7,6 +7,11 @@ starts a daemon over the fake executor in a process of its own (or takes the one
 connection that does no harm asks for texts and must get the right ones. At the end the daemon must be alive, have nothing
 under way and nothing left open, and have grown by less than --max-growth-mib since a tenth of the frames was sent.
 
+    python tools/fuzz_daemon.py --walks 10000
+
+lets hypothesis think of that many conversations instead, those of tests/daemon/test_live_fuzz.py, and reduce one that goes
+wrong to the least that does.
+
 A frame counts as sent when the daemon has reason to look at it, so not behind one that ends its connection. Whatever
 happens against the protocol is written to the corpus folder, as the bytes of the connection that met it, to be replayed by
 tests/daemon/test_live_fuzz.py. The last line of standard output is JSON; the exit status is 1 if anything was wrong.
@@ -21,6 +26,7 @@ import struct
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -406,13 +412,27 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else "")
     parser.add_argument("--frames", type=int, default=1_000_000, help="how many to send (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="the same seed sends the same frames, if not at the same time")
+    parser.add_argument("--walks", type=int, help="conversations of hypothesis's to have instead")
     parser.add_argument("--socket", type=Path, help="of a daemon over the fake executor; else one is started")
     parser.add_argument("--max-growth-mib", type=float, default=32.0, help="of memory (default: %(default)s)")
     parser.add_argument("--corpus", type=Path, default=ROOT / "tests/daemon/corpus", help="where violations are written")
     return parser.parse_args(arguments)
 
 
+def converse(count: int) -> dict[str, Any]:
+    """The report of that many conversations."""
+    from tests.daemon.test_live_fuzz import UvloopConversations, walk
+
+    try:
+        walk(UvloopConversations, count)
+    except Exception as error:  # whatever went wrong in one; hypothesis has written which
+        traceback.print_exception(error)
+        return {"walks": count, "violations": [str(error)]}
+    return {"walks": count, "violations": []}
+
+
 if __name__ == "__main__":
-    found = anyio.run(main, parse())
+    options = parse()
+    found = converse(options.walks) if options.walks else anyio.run(main, options)
     print(json.dumps(found))
     sys.exit(bool(found["violations"]))

@@ -112,7 +112,7 @@ class Ledger:
         self.is_welcome = False
         self.num_heard = 0
         self.report = ""
-        self._has_greeted = False
+        self.is_greeted = False
         self._may_be_cut = False
         self._asked: dict[str, deque[Asked]] = {}
         self._queries: Counter[int] = Counter()
@@ -139,11 +139,11 @@ class Ledger:
 
     def said(self, message: ClientMessage, *, is_right: bool = False) -> None:
         """In the order in which the daemon reads it."""
-        if self._has_greeted is isinstance(message, Hello):
+        if self.is_greeted is isinstance(message, Hello):
             self.broke()
         match message:
             case Hello():
-                self._has_greeted = True
+                self.is_greeted = True
                 self.is_ending |= message.version != VERSION
             case Submit():
                 asked = self._asked.setdefault(message.request_id, deque())
