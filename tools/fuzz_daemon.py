@@ -424,7 +424,7 @@ def converse(count: int) -> dict[str, Any]:
     from tests.daemon.test_live_fuzz import UvloopConversations, walk
 
     try:
-        walk(UvloopConversations, count)
+        walk(UvloopConversations, count, shrinks=True)
     except Exception as error:  # whatever went wrong in one; hypothesis has written which
         traceback.print_exception(error)
         return {"walks": count, "violations": [str(error)]}

@@ -24,7 +24,7 @@ from ferrum_rt.ipc.messages import (
     WireChunk,
     WireRequest,
 )
-from tests.fakes.executor import EOS, MAX_MODEL_LEN, ByteTokenizer, expected_tokens
+from tests.fakes.executor import EOS, ByteTokenizer, expected_tokens
 
 # What the protocol calls a few: an output's chunks that were under way when the credit ran out.
 FEW = 8
@@ -80,19 +80,19 @@ class Asked:
             prompt = prompt_tokens(request)
             for index, tokens in self.tokens.items():
                 assert tokens == expected_tokens(prompt, len(tokens), sample=index), f"output {index} has other tokens"
-                self._check_text(index, tokens, len(prompt))
+                self._check_text(index, tokens)
         if isinstance(message, Finished):
             assert self.is_accepted, "finished came before accepted"
             assert set(self.reasons) == set(range(request.sampling.n)), f"finished, but only {self.reasons} have ended"
         elif self.is_right and not (self.is_cancelled or is_excused):
             assert message.code == "resource_exhausted", f"failed with {message.code}: {message.message}"
 
-    def _check_text(self, index: int, tokens: list[int], prompt_length: int) -> None:
+    def _check_text(self, index: int, tokens: list[int]) -> None:
         sampling, reason = self.submit.request.sampling, self.reasons.get(index)
-        if reason is FinishReason.LENGTH:
-            most = MAX_MODEL_LEN - prompt_length if sampling.max_tokens is None else sampling.max_tokens
-            wanted = min(256, most) if sampling.max_tokens is None else most
-            assert len(tokens) == wanted, f"output {index} ended at {len(tokens)} of {wanted} tokens"
+        if reason is FinishReason.LENGTH and sampling.max_tokens is not None:
+            assert len(tokens) == sampling.max_tokens, (
+                f"output {index} ended at {len(tokens)} of {sampling.max_tokens} tokens"
+            )
         if self.is_right:
             whole = bytes(token for token in tokens if token != EOS).decode()
             text = self.texts[index]
