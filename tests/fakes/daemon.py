@@ -21,7 +21,7 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import anyio
 
@@ -78,10 +78,12 @@ class Notices:
 
 
 @asynccontextmanager
-async def daemon_process(path: Path, **options: Any) -> AsyncIterator[subprocess.Popen[bytes]]:
-    """It serves ``path`` when the block begins, and is killed at its end. Its log goes to standard error."""
+async def daemon_process(
+    path: Path, *, stderr: IO[bytes] | None = None, **options: Any
+) -> AsyncIterator[subprocess.Popen[bytes]]:
+    """It serves ``path`` when the block begins, and is killed at its end. Its log goes to ``stderr``, or to ours."""
     command = [sys.executable, "-m", "tests.fakes.daemon", str(path), json.dumps(options)]
-    async with started(command) as process:
+    async with started(command, stderr=stderr) as process:
         yield process
 
 
