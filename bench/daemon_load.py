@@ -1,8 +1,9 @@
 """What do slow and dying clients of the daemon cost the others, and what do they leave behind?
 
 One daemon, the real one over a fake executor that sleeps through its steps, and 1,000 streams over 200 connections. Eight
-tenths of the connections are healthy; a tenth reads slowly or not at all, and a tenth is killed at random moments, again and
-again (``bench/load_clients.py``). Two phases take turns: *alone* has the healthy ones only, *together* has them all. Asked are
+tenths of the connections are healthy; a tenth reads slowly or not at all, and a tenth is killed at random moments, again
+and again (``bench/load_clients.py``). Two phases take turns: *alone* has the healthy ones only, *together* has them all.
+Asked are
 
 - the time between two chunks of a healthy stream, as it is seen by the client: its p99 together over that alone, for each
   repeat. At most 1.5 is allowed, for the median of the repeats;
@@ -17,11 +18,15 @@ Where one of these does not hold, it says so in a line that begins with "violati
 
 import argparse
 import json
+import os
+import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +37,7 @@ import anyio.abc
 from anyio.streams.buffered import BufferedByteReceiveStream
 
 import ferrum_rt
-from bench._common import finish, machine, progress, spread, table
+from bench._common import Spread, finish, machine, progress, spread, table
 from bench.load_clients import OUTPUT_TOKENS, PROMPT_CHARACTERS
 from ferrum_rt.daemon.config import DaemonLimits
 from ferrum_rt.interfaces.types import EngineMetrics, EngineStatus
@@ -54,10 +59,12 @@ class Footprint(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Seconds of the processor: of the whole daemon, and of its event loop's thread."""
+    """Seconds: on a core, of the whole daemon and of its event loop's thread; and that thread's wait for a core, which is
+    the machine's doing."""
 
     process: float
     loop: float
+    waited: float
 
 
 class Daemon:
@@ -80,7 +87,16 @@ class Daemon:
         (self._proc / "clear_refs").write_text("5")
 
     def times(self) -> Times:
-        return Times(_cpu_s(self._proc / "stat"), _cpu_s(self._proc / "task" / str(self.process.pid) / "stat"))
+        user_ticks, system_ticks = (self._proc / "stat").read_text().rpartition(") ")[2].split()[11:13]
+        on_core, waited, _ = (self._proc / "task" / str(self.process.pid) / "schedstat").read_text().split()
+        ticks = os.sysconf("SC_CLK_TCK")
+        return Times((int(user_ticks) + int(system_ticks)) / ticks, int(on_core) / 1e9, int(waited) / 1e9)
+
+    async def stop(self) -> int | None:
+        """Its exit status, if it ends within ``WAIT_S``."""
+        self.process.send_signal(signal.SIGTERM)
+        await wait_for(lambda: self.process.poll() is not None)
+        return self.process.returncode
 
     async def settled(self, same_as: Footprint | None = None) -> tuple[EngineStatus, Footprint]:
         """When no request is under way, no page is held and nobody is connected; or what there is after ``WAIT_S``. Then
@@ -88,20 +104,22 @@ class Daemon:
         async with ferrum_rt.connect(self.path) as engine:
             status = await engine.status()
             with anyio.move_on_after(WAIT_S):
-                while status.requests.running or status.requests.waiting or status.requests.parked or status.pages.active:
+                while under_way(status) or status.pages.active:
                     await anyio.sleep(0.05)
                     status = await engine.status()
-        found = self.footprint()
-        with anyio.move_on_after(WAIT_S):
-            while same_as is not None and found[:2] != same_as[:2]:
-                await anyio.sleep(0.05)
-                found = self.footprint()
-        return status, found
+        await wait_for(lambda: same_as is None or self.footprint()[:2] == same_as[:2])
+        return status, self.footprint()
 
 
-def _cpu_s(stat: Path) -> float:
-    fields = stat.read_text().rpartition(") ")[2].split()
-    return (int(fields[11]) + int(fields[12])) / 100  # utime and stime, in ticks of 1/100 s
+def under_way(status: EngineStatus) -> int:
+    return status.requests.running + status.requests.waiting + status.requests.parked
+
+
+async def wait_for(condition: Callable[[], bool]) -> None:
+    """Or for ``WAIT_S``, if it does not come to that."""
+    with anyio.move_on_after(WAIT_S):
+        while not condition():  # noqa: ASYNC110 - it is another process that has to come to it
+            await anyio.sleep(0.05)
 
 
 class Clients:
@@ -134,23 +152,24 @@ async def clients(kind: str, path: Path, connections: int, streams: int) -> Asyn
             process.kill()
 
 
-@dataclass
-class Phase:
-    """What was seen in one phase. ``clients`` are the answers of the three kinds."""
+class Phase(NamedTuple):
+    """What was seen in one phase. Times are in milliseconds, those of a step except for the gaps between two chunks; shares
+    are of a core. ``waited_share`` is the event loop's wait for a core."""
 
-    kind: str
-    clients: dict[str, dict[str, Any]]
+    p50: float
+    p99: float
+    p999: float
+    longest: float
     steps_per_s: float
-    executor_ms: float
-    scheduler_ms: float
+    executor: float
+    scheduler: float
     loop_share: float
+    waited_share: float
     daemon_share: float
-    requests: dict[str, int]
-    footprint: Footprint
-
-    @property
-    def healthy(self) -> dict[str, Any]:
-        return self.clients["healthy"]
+    readers_share: float
+    running: int
+    parked: int
+    peak_mib: float
 
 
 @dataclass
@@ -161,94 +180,90 @@ class Load:
     daemon: Daemon
     groups: Mapping[str, Clients]
     engine: ferrum_rt.InferenceEngine
-    phases: list[Phase] = field(default_factory=list)
+    phases: dict[str, list[Phase]] = field(default_factory=lambda: {ALONE: [], TOGETHER: []})
+    counts: Counter[str] = field(default_factory=Counter)
 
-    async def phase(self, kind: str) -> None:
+    async def run_phase(self, kind: str) -> None:
         hostile = ("slow", "doomed") if kind == TOGETHER else ()
         for name in hostile:
             await self.groups[name].tell("begin")
         await anyio.sleep(self.args.settle)
+        self.phases[kind].append(await self._measure())
+        for name in hostile:
+            self.counts.update(await self.groups[name].tell("end"))
+        found = self.phases[kind][-1]
+        progress(f"{kind}: p99 {found.p99:.1f} ms, {found.running} running, {found.parked} parked, {found.peak_mib:.0f} MiB")
+
+    async def _measure(self) -> Phase:
         self.daemon.forget_peak()
-        before, times = await self._metrics(), self.daemon.times()
-        began = anyio.current_time()
+        before, times, began = await self._metrics(), self.daemon.times(), anyio.current_time()
         await self.groups["healthy"].tell("begin")
         await anyio.sleep(self.args.seconds)
-        seen = {"healthy": await self.groups["healthy"].tell("end")}
-        wall = anyio.current_time() - began
-        after, times_after = await self._metrics(), self.daemon.times()
-        counts, footprint = (await self.engine.status()).requests, self.daemon.footprint()
-        for name in hostile:
-            seen[name] = await self.groups[name].tell("end")
-        steps = max(1, after.steps - before.steps)
-        self.phases.append(
-            Phase(
-                kind=kind,
-                clients=seen,
-                steps_per_s=steps / wall,
-                executor_ms=1e3 * (after.step_s - before.step_s) / steps,
-                scheduler_ms=1e3 * (after.host_s - before.host_s) / steps,
-                loop_share=(times_after.loop - times.loop) / wall,
-                daemon_share=(times_after.process - times.process) / wall,
-                requests={"running": counts.running, "waiting": counts.waiting, "parked": counts.parked},
-                footprint=footprint,
-            )
+        seen = await self.groups["healthy"].tell("end")
+        after, times_after, wall = await self._metrics(), self.daemon.times(), anyio.current_time() - began
+        self.counts["num_failed"] += seen["num_failed"]
+        steps = after.steps - before.steps
+        return Phase(
+            **{name: 1e3 * seen[name] for name in ("p50", "p99", "p999", "longest")},
+            steps_per_s=steps / wall,
+            executor=1e3 * (after.step_s - before.step_s) / steps,
+            scheduler=1e3 * (after.host_s - before.host_s) / steps,
+            loop_share=(times_after.loop - times.loop) / wall,
+            waited_share=(times_after.waited - times.waited) / wall,
+            daemon_share=(times_after.process - times.process) / wall,
+            readers_share=seen["cpu_share"],
+            running=after.scheduler.running,
+            parked=after.scheduler.parked,
+            peak_mib=self.daemon.footprint().peak_mib,
         )
-        progress(f"{kind}: p99 {seen['healthy'].get('p99_ms', 0):.1f} ms, {footprint.resident_mib:.0f} MiB, {counts}")
 
     async def _metrics(self) -> EngineMetrics:
-        self.engine.metrics()
-        await self.engine.health_check()  # its answer comes behind that to the question which the line above has sent
+        self.engine.metrics()  # asks
+        await self.engine.health_check()  # is answered behind that
         return self.engine.metrics()
 
 
 class Found(NamedTuple):
-    """Everything. ``rest`` is the daemon before anybody came, ``used`` once all of its pages had been used, ``left`` when all
-    had gone."""
+    """Everything. ``rest`` is the daemon with all pages used and nobody there, ``left`` when all had gone."""
 
-    phases: list[Phase]
+    phases: dict[str, list[Phase]]
+    counts: Counter[str]
     rest: Footprint
-    used: Footprint
     left: Footprint
     status: EngineStatus
-    exit_status: int
+    exit_status: int | None
 
 
 async def measure(args: argparse.Namespace, directory: Path) -> Found:
-    path = directory / "s"
-    (directory / "daemon.toml").write_text(f'[daemon]\nlog_level = "warning"\n[daemon.limits]\nstall_s = {args.stall}\n')
-    options = {"config": engine_config(args), "step_s": args.step_ms / 1e3, "config_file": str(directory / "daemon.toml")}
-    async with daemon_process(path, **options) as process:
+    path, config_file = directory / "s", directory / "daemon.toml"
+    config_file.write_text(f'[daemon]\nlog_level = "warning"\n[daemon.limits]\nstall_s = {args.stall}\n')
+    config = engine_config(args)
+    async with daemon_process(path, config=config, step_s=args.step_ms / 1e3, config_file=str(config_file)) as process:
         daemon = Daemon(process, path)
-        async with ferrum_rt.connect(path) as engine:  # whatever the first client makes it load and open
-            await engine.infer("warm", max_tokens=5)
+        await use_all_pages(path)
         _, rest = await daemon.settled()
         progress(f"at rest: {rest}")
         async with AsyncExitStack() as stack:
             groups = {}
             for kind, connections in shares(args.connections).items():
-                group = await stack.enter_async_context(clients(kind, path, connections, args.streams))
-                groups[kind] = group
-            engine = await stack.enter_async_context(ferrum_rt.connect(path))
-            await use_all_pages(engine)
-            load = Load(args, daemon, groups, engine)
-            used = daemon.footprint()
+                groups[kind] = await stack.enter_async_context(clients(kind, path, connections, args.streams))
+            load = Load(args, daemon, groups, await stack.enter_async_context(ferrum_rt.connect(path)))
             for repeat in range(args.repeats):
                 for kind in (ALONE, TOGETHER) if repeat % 2 == 0 else (TOGETHER, ALONE):
-                    await load.phase(kind)
+                    await load.run_phase(kind)
         status, left = await daemon.settled(rest)
         progress(f"all have gone: {left}")
-        process.send_signal(signal.SIGTERM)
-        with anyio.move_on_after(WAIT_S):
-            while process.poll() is None:
-                await anyio.sleep(0.05)
-        return Found(load.phases, rest, used, left, status, process.poll())
+        return Found(load.phases, load.counts, rest, left, status, await daemon.stop())
 
 
-async def use_all_pages(engine: ferrum_rt.InferenceEngine) -> None:
-    """The healthy streams fill the pool, so that what it takes to keep the books of all pages is known."""
-    progress("filling the page pool")
-    while (await engine.status()).pages.free:
-        await anyio.sleep(0.2)
+async def use_all_pages(path: Path) -> None:
+    """So that what it takes to keep the books of all of them is there from the start."""
+    async with ferrum_rt.connect(path) as engine:
+        pages = (await engine.status()).pages
+        length = engine.config.model.max_model_len or 0
+        num_prompts = 1 + BLOCK_SIZE * pages.total // (length - 1)
+        prompts = [random.randbytes(length // 2).hex()[: length - 1] for _ in range(num_prompts)]
+        await engine.infer_batch(prompts, max_tokens=1)
 
 
 def shares(connections: int) -> dict[str, int]:
@@ -268,14 +283,100 @@ def engine_config(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def memory_bound_mib(rest: Footprint, connections: int, requests: int) -> float:
+    """As docs/architecture.md has it, for one user."""
+    user_bytes = DaemonLimits().user_bytes / 2**20
+    return rest.resident_mib + 2 * user_bytes * 10 + (connections + requests) / 16
+
+
+def violations(found: Found, ratios: Sequence[float], bound_mib: float, *, is_smoke: bool) -> list[str]:
+    """In words. A smoke run is too short for the ratio to mean anything."""
+    left, pages = found.left, found.status.pages
+    ratio, peak = statistics.median(ratios), max(phase.peak_mib for phases in found.phases.values() for phase in phases)
+    known = {
+        f"{found.counts['num_failed']} healthy streams failed": found.counts["num_failed"] > 0,
+        "nobody was killed": not found.counts["num_killed"],
+        "nobody was reset": not found.counts["num_reset"],
+        f"{under_way(found.status)} requests are still under way": under_way(found.status) > 0,
+        f"{pages.active} pages are still held": pages.active > 0,
+        f"{left.threads} threads are left of {found.rest.threads}": left.threads != found.rest.threads,
+        f"{left.descriptors} descriptors are left of {found.rest.descriptors}": left.descriptors != found.rest.descriptors,
+        f"the daemon ended with status {found.exit_status}": found.exit_status != 0,
+        f"the daemon had {peak:.0f} MiB, where {bound_mib:.0f} are the bound": peak > bound_mib,
+        f"the healthy streams' p99 is {ratio:.2f} times that alone": ratio > P99_RATIO and not is_smoke,
+    }
+    return [text for text, is_broken in known.items() if is_broken]
+
+
+def show(found: Found, ratios: Sequence[float], bound_mib: float) -> None:
+    kinds = (ALONE, TOGETHER)
+    spreads = {kind: {name: spread_of(found.phases[kind], name) for name in Phase._fields} for kind in kinds}
+    print(f"Median (low to high) of {len(ratios)} phases of each kind; times in ms")
+    labels = {
+        "p50": "gap between chunks, p50",
+        "p99": "p99",
+        "p999": "p99.9",
+        "longest": "longest",
+        "steps_per_s": "steps per second",
+        "executor": "executor, a step",
+        "scheduler": "plan + commit, a step",
+        "loop_share": "event loop, share of a core",
+        "waited_share": "event loop waiting for a core",
+        "daemon_share": "daemon, share of a core",
+        "readers_share": "healthy readers, share of a core",
+        "running": "streams running at the end",
+        "parked": "streams parked at the end",
+        "peak_mib": "daemon's peak, MiB",
+    }
+    print(
+        table(
+            ["", *kinds],
+            [[text, *(spreads[kind][name].show(digits(name)) for kind in kinds)] for name, text in labels.items()],
+        )
+    )
+    print(f"\np99 together / alone: {spread(ratios).show(2)}, at most {P99_RATIO} is allowed")
+    print(f"killed: {found.counts['num_killed']}, reset: {found.counts['num_reset']}, cut off: {found.counts['num_cut']}")
+    print(f"memory: {found.rest.resident_mib:.0f} MiB at rest, {bound_mib:.0f} is the bound")
+    rows = [["at rest", *found.rest[:2], 0], ["when all have gone", *found.left[:2], found.status.pages.active]]
+    print(table(["", "threads", "descriptors", "pages held"], rows))
+
+
+def spread_of(phases: Sequence[Phase], name: str) -> Spread:
+    return spread(getattr(phase, name) for phase in phases)
+
+
+def digits(name: str) -> int:
+    return 2 if name.endswith("share") else 1 if name not in ("running", "parked", "peak_mib") else 0
+
+
+def main() -> int:
     args = parse_arguments()
     facts = machine()
     with tempfile.TemporaryDirectory(prefix="ferrum-bench-") as directory:
         found = anyio.run(measure, args, Path(directory), backend_options={"use_uvloop": True})
-    for phase in found.phases:
-        print(phase)
-    print(found[1:])
+    ratios = [mine.p99 / alone.p99 for mine, alone in zip(found.phases[TOGETHER], found.phases[ALONE], strict=True)]
+    bound_mib = memory_bound_mib(found.rest, args.connections, args.connections * args.streams)
+    broken = violations(found, ratios, bound_mib, is_smoke=args.smoke)
+    show(found, ratios, bound_mib)
+    for text in broken:
+        print(f"violation: {text}")
+    names = ("connections", "streams", "repeats", "seconds", "settle", "step_ms", "stall")
+    kinds = {kind: {name: spread_of(phases, name) for name in Phase._fields} for kind, phases in found.phases.items()}
+    finish(
+        "daemon_load",
+        facts,
+        {name: getattr(args, name) for name in names},
+        {
+            **kinds,
+            "p99_ratio": spread(ratios),
+            "counts": found.counts,
+            "memory_mib": {"rest": found.rest.resident_mib, "bound": bound_mib},
+            "rest": found.rest._asdict(),
+            "left": {**found.left._asdict(), "pages": found.status.pages.active},
+            "violations": broken,
+        },
+    )
+    return 1 if broken else 0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -296,4 +397,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,15 +1,16 @@
-"""The clients of bench.daemon_load, each kind in a process of its own: ``python -m bench.load_clients KIND SOCKET CONNECTIONS
-STREAMS``. They speak in frames, and without an event loop of tasks, so that they are not what is measured.
+"""The clients of bench.daemon_load: ``python -m bench.load_clients KIND SOCKET CONNECTIONS STREAMS``.
 
-On standard input comes a line ``begin`` or ``end``, as often as wanted; each is answered by a line of JSON, that to ``end``
-with what was seen since ``begin``. The kinds:
+Each kind is a process of its own. They speak in frames, and without an event loop of tasks, so that they are not what is
+measured. On standard input come the lines ``begin`` and ``end``, as often as wanted; each is answered by a line of JSON,
+that to ``end`` with what was seen since ``begin``. The kinds:
 
 - *healthy* reads at once and gives credit as it reads. Its connections stay when it is told to end: what begins and ends is
   the measurement.
-- *slow*: half the connections read nothing at all, and have asked for so much that what the kernel takes for them is full; the
-  others read, but give each stream one credit a second.
-- *doomed*: each connection dies at a random moment and is followed by another. Half of them are processes, which are killed;
-  the others hang up with a message half sent and with output that they have not read, so that the daemon sees a reset.
+- *slow*: half the connections read nothing at all, and have asked for so much that what the kernel takes for them is full;
+  the others read, but give each stream one credit a second.
+- *doomed*: each connection dies at a random moment and is followed by another. Half of them are processes, which are
+  killed; the others hang up with a message half sent and with output that they have not read, so that the daemon sees a
+  reset.
 """
 
 import argparse
@@ -111,8 +112,8 @@ class Healthy:
     def end(self) -> dict[str, Any]:
         self.is_measured = False
         wall, cpu = time.monotonic() - self._began[0], time.process_time() - self._began[1]
-        shares = {"p50_ms": 0.5, "p90_ms": 0.9, "p99_ms": 0.99, "p999_ms": 0.999, "max_ms": 1.0}
-        seen = {name: 1e3 * quantile(self.gaps, share) for name, share in shares.items()} if self.gaps else {}
+        shares = {"p50": 0.5, "p99": 0.99, "p999": 0.999, "longest": 1.0}
+        seen = {name: quantile(self.gaps, share) for name, share in shares.items()}
         return {"num_gaps": len(self.gaps), "num_failed": self.num_failed, "cpu_share": cpu / wall, **seen}
 
 
@@ -328,7 +329,7 @@ def _ask(name: str, credit: int) -> Submit:
     return Submit(request_id=name, request=WireRequest(text=text, sampling=sampling), credit=credit)
 
 
-KINDS = {"healthy": Healthy, "slow": Slow, "doomed": Doomed}
+KINDS: dict[str, type[Healthy] | type[Slow] | type[Doomed]] = {"healthy": Healthy, "slow": Slow, "doomed": Doomed}
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
