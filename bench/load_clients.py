@@ -53,7 +53,7 @@ CREDIT = 64
 ALL_CREDIT = 1_000_000
 LIFE_S = (0.2, 2.0)
 # What fills the kernel's buffer of an unread connection within a second, and costs the daemon little.
-QUERIES = 500
+QUERIES = 1500
 _RECEIVE_BYTES = 262_144
 
 

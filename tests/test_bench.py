@@ -67,3 +67,15 @@ def test_sampling() -> None:
     for figure in ("share_of_forward", "sampler_ms", "forward_ms"):
         assert report[figure].keys() == sets
         assert all(row.keys() == SPREAD and row["low"] > 0 for row in report[figure].values())
+
+
+@pytest.mark.slow
+def test_daemon_load() -> None:
+    """This one also fails where something is left behind; how long anybody waited is not looked at."""
+    report = smoke("daemon_load")
+    assert report["violations"] == []
+    for kind in ("alone", "together"):
+        assert report[kind]["p99"].keys() == SPREAD
+        assert report[kind]["running"]["median"] > 0
+    assert report["counts"]["num_killed"] > 0
+    assert report["counts"]["num_reset"] > 0

@@ -14,7 +14,7 @@ import pytest
 from ferrum_rt.daemon.config import DaemonLimits
 from ferrum_rt.daemon.server import Server
 from ferrum_rt.ipc.framing import encode
-from ferrum_rt.ipc.messages import Finished, Query
+from ferrum_rt.ipc.messages import ClientMessage, Finished, Query
 from ferrum_rt.runtime.runtime import Runtime
 from tests.daemon.serving import server
 from tests.daemon.test_session import HELLO, ask, connected
@@ -40,7 +40,8 @@ def silent(path: Path, *, credit: int, num_queries: int = 0) -> socket.socket:
     connection.connect(str(path))
     requests = (ask(f"{name}", f"silent {name}", max_tokens=500, credit=credit) for name in range(NUM_STREAMS))
     queries = (Query(query_id=number, kind="health") for number in range(num_queries))
-    connection.sendall(b"".join(map(encode, (HELLO, *requests, *queries))))
+    messages: list[ClientMessage] = [HELLO, *requests, *queries]
+    connection.sendall(b"".join(map(encode, messages)))
     return connection
 
 
