@@ -104,3 +104,15 @@ def test_ipc() -> None:
             assert ("added_us_per_token" in found) == (name != "in-process")
     assert len(report["goals_met"]) == 7
     assert all(isinstance(met, bool) for met in report["goals_met"].values())
+
+
+@pytest.mark.slow
+def test_daemon_load() -> None:
+    """This one also fails where something is left behind; how long anybody waited is not looked at."""
+    report = smoke("daemon_load")
+    assert report["violations"] == []
+    for kind in ("alone", "together"):
+        assert report[kind]["p99"].keys() == SPREAD
+        assert report[kind]["running"]["median"] > 0
+    assert report["counts"]["num_killed"] > 0
+    assert report["counts"]["num_reset"] > 0

@@ -77,6 +77,7 @@ class _Service:
                 await tasks.start(self._server.run, listener)
             tasks.start_soon(self._watch, tasks.cancel_scope)
             # A full collection over torch's own objects stops the event loop for 90 ms; they are here to stay.
+            gc.collect()
             gc.freeze()
             _log.info("ready", extra={"model": self._engine.model_info.id})
             self._say_ready()

@@ -60,6 +60,7 @@ HELLO_LIMIT_S = 5.0
 CLOSE_LIMIT_S = 5.0
 MAX_CREDIT = 1_000_000
 _ACCEPT_WITHIN_S = 0.005
+_WRITE_BUFFER_BYTES = 16 * 1024
 # Messages of one connection that are handled before the others have their turn, unless they come to so many bytes before.
 _HANDLE_AT_ONCE = 16
 _HANDLE_BYTES = 16 * 1024
@@ -197,7 +198,9 @@ class Session(asyncio.Protocol):
         self._chunks: list[WireChunk] = []
         """Of the last of the messages, if that is Chunks."""
         self._is_flush_due = self._is_flush_planned = False
-        self._is_reading_paused = False
+        self._is_reading_paused = self._is_writing_paused = False
+        self._backlog = bytearray()
+        """What the transport does not take for now. There each frame by itself would take a kilobyte."""
         self._num_started = self._num_handled = self._num_written = self._num_buffered = 0
         self._loop = asyncio.get_running_loop()
         self._state_since = self._loop.time()
@@ -213,10 +216,21 @@ class Session(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
 
     def data_received(self, data: bytes) -> None:
         if self._state in (_State.GREETING, _State.OPEN):
             self._take_in(data)
+
+    def pause_writing(self) -> None:
+        """The transport has enough."""
+        self._is_writing_paused = True
+
+    def resume_writing(self) -> None:
+        """It has room again."""
+        self._is_writing_paused = False
+        if self._backlog:
+            self._write(b"")
 
     def eof_received(self) -> bool:
         """Who has nothing more to say cannot give credit either: it is gone. What it had coming it may still read."""
@@ -238,8 +252,7 @@ class Session(asyncio.Protocol):
         _log.info("cut off", extra={"connection": self.number, "uid": self.user.uid, "code": error.code})
         self._cancel_all(error)
         self._messages.append(failure(error))
-        self._transport.write(self._take_frames())
-        self._transport.close()
+        self._close(self._take_frames())
 
     def go_away(self, reason: str, drain_s: float) -> None:
         """Say that no new work is taken; to who has not said hello yet, that it comes too late."""
@@ -251,6 +264,14 @@ class Session(asyncio.Protocol):
     def _leave(self, reason: str) -> None:
         self._enter(_State.CLOSING)
         self._cancel_all(Cancelled(reason))
+        self._close(b"")
+
+    def _close(self, last: bytes) -> None:
+        """What waits for the client still goes out, if it reads on; what it has begun to say is forgotten."""
+        if waiting := bytes(self._backlog) + last:
+            self._transport.write(waiting)
+        self._backlog.clear()
+        self._decoder = client_decoder(self.limits.frame_bytes)
         self._transport.close()
 
     def abort(self) -> None:
@@ -259,7 +280,7 @@ class Session(asyncio.Protocol):
 
     def check(self, now: float) -> None:
         """Called about once a second: nobody may take for ever."""
-        waiting = self._transport.get_write_buffer_size()
+        waiting = self._num_waiting_bytes
         match self._state:
             case _State.GREETING if now - self._state_since > HELLO_LIMIT_S:
                 self.cut(InvalidFormat(f"no hello came within {HELLO_LIMIT_S:g} s"))
@@ -314,7 +335,7 @@ class Session(asyncio.Protocol):
         finally:
             messages.close()
         self._num_handled += count
-        self._account(self._transport.get_write_buffer_size())
+        self._account(self._num_waiting_bytes)
         if count == _HANDLE_AT_ONCE or num_bytes >= _HANDLE_BYTES:
             self._pause_reading()
             self._turns.wait(self._take_in_more)
@@ -466,7 +487,7 @@ class Session(asyncio.Protocol):
         self._is_flush_due = self._is_flush_planned = False
         if self._state is not _State.OPEN or not self._messages:
             return
-        waiting = self._transport.get_write_buffer_size()
+        waiting = self._num_waiting_bytes
         if waiting > self.limits.connection_output_bytes:
             self.cut(ResourceExhausted(f"{waiting} bytes wait for this client to read them, which is more than may"))
             return
@@ -476,8 +497,22 @@ class Session(asyncio.Protocol):
             self.cut(error)
             return
         self._num_written += len(frames)
-        self._transport.write(frames)
+        self._write(frames)
         self._account(waiting + len(frames))
+
+    def _write(self, frames: bytes) -> None:
+        if self._is_writing_paused:
+            self._backlog += frames
+        elif self._backlog:
+            self._transport.write(bytes(self._backlog) + frames)
+            self._backlog.clear()
+        else:
+            self._transport.write(frames)
+
+    @property
+    def _num_waiting_bytes(self) -> int:
+        """That are on their way to the client, and that the kernel has not taken."""
+        return self._transport.get_write_buffer_size() + len(self._backlog)
 
     def _take_frames(self) -> bytes:
         messages, self._messages, self._chunks = self._messages, [], []

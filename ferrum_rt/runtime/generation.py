@@ -111,4 +111,5 @@ class Generation:
         for token_id, scored in zip(self._prompt, scores, strict=True):
             described.append(offsets.describe(token_id, scored))
             offsets.push(token_id)
+        self._prompt_scores = []
         return described

@@ -29,7 +29,7 @@ class Line:
     @property
     def has_half_a_frame(self) -> bool:
         """Whatever comes next belongs to a frame that was begun."""
-        return not self._said.is_between_frames
+        return self._said.num_held_bytes > 0
 
     def say(self, data: bytes, *, is_right: bool = False) -> None:
         """Any bytes, of which this side's decoder says what the daemon will make of them. ``is_right``: its requests must

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from ferrum_rt.daemon.session import SessionLimits
+from ferrum_rt.daemon.config import DaemonLimits
 from ferrum_rt.interfaces.errors import InvalidFormat
 from ferrum_rt.ipc.framing import encode
 from ferrum_rt.ipc.messages import Cancel, Credit, Goodbye, Hello, Query, Submit, WireRequest, WireSampling
@@ -73,7 +73,7 @@ class Conversations(RuleBasedStateMachine):
         self.healthy.say(HELLO)
 
     async def _serve(self) -> None:
-        limits = SessionLimits(output_bytes=100_000)
+        limits = DaemonLimits(connection_output_bytes=100_000)
         async with daemon(self.folder, limits=limits, config=CONFIG) as (self.engine, _):
             self._opened.set()
             await self._closing.wait()

@@ -43,7 +43,7 @@ def read(decoder: FrameDecoder[Any], parts: list[bytes]) -> tuple[list[bytes], s
             found.extend(map(encode, decoder.feed(part)))
     except InvalidFormat as error:
         return found, str(error)
-    return found, "" if decoder.is_between_frames else "unfinished"
+    return found, "unfinished" if decoder.num_held_bytes else ""
 
 
 @pytest.mark.slow
@@ -105,7 +105,7 @@ def test_no_more_is_held_than_the_frame_that_is_not_finished(size: int) -> None:
             fed += len(part)
             held = tracemalloc.get_traced_memory()[0] - before
             assert held <= 2 * bounds[fed - 1] + 4096
-            assert reader.is_between_frames is (bounds[fed - 1] == 0)
+            assert (reader.num_held_bytes == 0) is (bounds[fed - 1] == 0)
     finally:
         tracemalloc.stop()
 
@@ -127,7 +127,7 @@ def test_a_long_stream_leaves_nothing_behind() -> None:
     finally:
         tracemalloc.stop()
     assert count == 20_000
-    assert reader.is_between_frames
+    assert not reader.num_held_bytes
 
 
 @pytest.mark.parametrize("name", ATTACKS)
