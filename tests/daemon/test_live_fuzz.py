@@ -119,18 +119,26 @@ class Conversations(RuleBasedStateMachine):
         return f"n{self.num_asked}"
 
     def say(self, number: int, data: bytes, *, is_right: bool = False) -> None:
-        line = self.lines[number]
-        if not line.is_over and not line.is_shut:
-            line.say(data, is_right=is_right)
+        if self.lines[number].is_over or self.lines[number].is_shut:
+            if number < 2:
+                self.violations.append("a client that keeps to the protocol was cut off")
+                return
+            self.reconnect(number)
+        self.lines[number].say(data, is_right=is_right)
         self.run(self.turns(2))
 
     # -- what the clients do ------------------------------------------------------------------------------------------
 
-    @initialize()
-    def connect(self) -> None:
-        for number in range(4):
+    @initialize(credits_given=st.tuples(*[st.sampled_from((0, 3, 1000))] * 4))
+    def connect(self, credits_given: tuple[int, ...]) -> None:
+        for number, credit in enumerate(credits_given):
             self.lines.append(Line(self.folder / "s"))
-            self.say(number, HELLO)
+            self.say(number, HELLO + self.plain("a", credit), is_right=True)
+        self.run(self.turns(20))
+
+    def plain(self, request_id: str, credit: int) -> bytes:
+        request = WireRequest(text="plain", sampling=WireSampling(max_tokens=30))
+        return encode(Submit(request_id=request_id, request=request, credit=credit))
 
     @rule(number=rough, says_hello=st.booleans())
     def connect_again(self, number: int, says_hello: bool) -> None:
@@ -138,7 +146,13 @@ class Conversations(RuleBasedStateMachine):
         self.lines[number].hang_up()
         self.lines[number] = Line(self.folder / "s")
         if says_hello:
-            self.say(number, HELLO)
+            self.lines[number].say(HELLO)
+
+    def reconnect(self, number: int) -> None:
+        """With requests under way, for what comes next to hurt."""
+        self.connect_again(number, says_hello=False)
+        self.lines[number].say(HELLO + self.plain("a", 3) + self.plain("b", 1000), is_right=True)
+        self.run(self.turns(5))
 
     @rule(number=rough)
     def hello(self, number: int) -> None:
@@ -319,7 +333,7 @@ class UvloopConversations(Conversations):
 def test_conversations(machine: type[Conversations]) -> None:
     """Whatever several clients say, the protocol is kept with each of them, somebody else is answered, nothing is raised
     into the event loop, and when they are gone nothing is under way. A longer run: tools/fuzz_daemon.py --walks 10000."""
-    walk(machine, 100)
+    walk(machine, 120)
 
 
 def walk(machine: type[Conversations], count: int, *, shrinks: bool = False) -> None:
