@@ -28,7 +28,7 @@ from ferrum_rt.interfaces.errors import (
     Unsupported,
 )
 from ferrum_rt.interfaces.requests import build_request, is_token_ids
-from ferrum_rt.interfaces.types import InferenceRequest, StreamChunk
+from ferrum_rt.interfaces.types import ClientId, InferenceRequest, StreamChunk
 from ferrum_rt.ipc.convert import chunk_to_wire, from_wire, num_packed
 from ferrum_rt.ipc.framing import MAX_FRAME_BYTES, client_decoder, encode
 from ferrum_rt.ipc.messages import (
@@ -395,10 +395,11 @@ class Session(asyncio.Protocol):
             raise ResourceExhausted(f"this connection has {len(self._sinks)} requests under way, which is all it may")
         self._check_sizes(message.request)
         prompt, fields = from_wire(message.request)
-        fields["client_id"] = f"uid {self.user.uid}/{message.request.client_id}"
         self._num_started += 1
         fields["id"] = f"{self.number}/{self._num_started}"
         request = build_request(prompt, fields)
+        # Whatever a client calls itself, the prefixes that it shares are its user's alone.
+        request = msgspec.structs.replace(request, client_id=ClientId(f"uid {self.user.uid}/{request.client_id}"))
         cost = self._cost(request)
         sink = _WireSink(self, message.request_id, min(message.credit, MAX_CREDIT), cost)
         self.user.take(cost, self.limits)

@@ -147,12 +147,11 @@ class Ledger:
                 self.is_ending |= message.version != VERSION
             case Submit():
                 asked = self._asked.setdefault(message.request_id, deque())
-                self._may_be_cut |= bool(asked) or not message.request_id  # the one before may have ended, or not
-                asked.append(Asked(message, is_right, max(0, message.credit)))
+                self._may_be_cut |= bool(asked)  # the one before may have ended, or not
+                asked.append(Asked(message, is_right, message.credit))
             case Credit():
-                self.is_ending |= message.chunks < 0
                 for one in self._asked.get(message.request_id, ()):
-                    one.credit += max(0, message.chunks)
+                    one.credit += message.chunks
             case Cancel():
                 for one in self._asked.get(message.request_id, ()):
                     one.is_cancelled = True

@@ -1,4 +1,4 @@
-"""What fuzzing has found that the daemon does not do yet."""
+"""What fuzzing has found."""
 
 import os
 import socket
@@ -47,11 +47,10 @@ async def test_an_empty_id_ends_the_connection(tmp_path: Path) -> None:
 
         def has_ended() -> bool:
             line.pump()
-            return line.is_over or not line.ledger.waiting
+            return line.is_over
 
         try:
             await until(has_ended)
-            assert line.is_over
         finally:
             line.hang_up()
 

@@ -142,8 +142,9 @@ _ODD_REQUEST: dict[str, tuple[Any, ...]] = {
     "tool_choice": ('"required"', '"\\ud800"', '{"function":{"name":"\\ud800"}}', "nul", "[" * 10_000, '{"a":' * 5000),
     "parse_special_tokens": (True,),
 }
-_ODD_IDS = ("", "a" * 256, "é" * 256, "\x00", "\n", "\u202e", "1/2", "never was")
-_ODD_NUMBERS = (0, -1, 1, 7, 10**6, 2**31, 2**63, _U64, -(2**63))
+_ODD_IDS = ("a" * 256, "é" * 256, "\x00", "\n", "\u202e", "1/2", "never was")
+_ODD_CREDITS = (0, 1, 7, 10**6, 2**31, 2**63, _U64)
+_ODD_NUMBERS = (*_ODD_CREDITS, -1, -(2**63))
 _WORDS = ("def ", "x", "hello", "import os\n", "é", "<eos>", " ", "0123456789" * 8)
 
 
@@ -181,7 +182,7 @@ def odd_submit(rng: Random, request_id: str) -> Submit:
             request["text"] = None
     sampling["max_tokens"] = min(sampling["max_tokens"], 1024) if rng.random() < 0.9 else sampling["max_tokens"]
     wire = WireRequest(**request, sampling=WireSampling(**sampling))
-    return Submit(request_id=request_id, request=wire, credit=rng.choice((1000, 1000, *_ODD_NUMBERS)))
+    return Submit(request_id=request_id, request=wire, credit=rng.choice((1000, 1000, *_ODD_CREDITS)))
 
 
 def odd_message(rng: Random, ids: tuple[str, ...]) -> ClientMessage:
@@ -191,7 +192,7 @@ def odd_message(rng: Random, ids: tuple[str, ...]) -> ClientMessage:
         case 0 | 1 | 2 | 3:
             return odd_submit(rng, rng.choice((f"{rng.getrandbits(40):x}", request_id)))
         case 4 | 5:
-            return Credit(request_id=request_id, chunks=rng.choice(_ODD_NUMBERS))
+            return Credit(request_id=request_id, chunks=rng.choice(_ODD_CREDITS))
         case 6 | 7:
             return Cancel(request_id=request_id)
         case 8:
@@ -344,6 +345,7 @@ ATTACKS: dict[str, bytes] = {
     "second hello": encode(_HELLO),
     "id in use": encode(_SUBMIT) + encode(_SUBMIT),
     "id of 257 characters": message_with(_SUBMIT, "request_id", packed("a" * 257)),
+    "empty id": encode(msgspec.structs.replace(_SUBMIT, request_id="")),
     "id is bin": message_with(_SUBMIT, "request_id", packed(b"a")),
     "id is no UTF-8": message_with(_SUBMIT, "request_id", b"\xa2\xff\xfe"),
     "id is a lone surrogate": message_with(_SUBMIT, "request_id", b"\xa3\xed\xa0\x80"),

@@ -31,7 +31,10 @@ def _of(kind: inspect.Type) -> st.SearchStrategy[Any]:
         case inspect.DictType():
             return st.dictionaries(_of(kind.key_type), _of(kind.value_type), max_size=_MANY)
         case inspect.StrType():
-            return st.text(max_size=min(kind.max_length or 40, 40)) | st.just("é" * (kind.max_length or 300))
+            short = st.text(min_size=kind.min_length or 0, max_size=min(kind.max_length or 40, 40))
+            return short | st.just("é" * (kind.max_length or 300))
+        case inspect.IntType():
+            return st.integers(-(2**63) if kind.ge is None else kind.ge, 2**64 - 1)
         case inspect.LiteralType():
             return st.sampled_from(kind.values)
         case inspect.EnumType():
@@ -55,7 +58,6 @@ def _struct(kind: inspect.StructType) -> st.SearchStrategy[Any]:
 
 _PLAIN: dict[type[inspect.Type], st.SearchStrategy[Any]] = {
     inspect.BoolType: st.booleans(),
-    inspect.IntType: st.integers(-(2**63), 2**64 - 1),
     inspect.FloatType: st.floats(),
     inspect.BytesType: st.binary(max_size=20),
     inspect.NoneType: st.none(),
