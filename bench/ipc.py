@@ -6,8 +6,9 @@ also says what they are spared) are processes of their own, behind Unix sockets.
 
 *Latency*: one client with one stream at a time, through each contender's own asyncio client. They take turns of ten
 requests, in a new order each time, so that noise hits all alike and few requests find a server that has lain idle. First
-token: from the call to the first chunk; per token: from one chunk to the next. Steps take 1 ms: a chunk is then handed out
-beside the step that follows, as with a model, and not in competition with it.
+token: from the call to the first chunk; per token: from the end of the step, which the executor notes where all processes
+can read it, to the chunk in the reader's hands. Steps take 2 ms: a chunk is then handed out beside the step that follows, as
+with a model, and not in competition with it.
 
 *Processor time*: of the server's process, in all threads, over the tokens that it streams while so many clients (a client is
 a connection) read so many streams each. One other process, this one, holds all connections and reads as little as it can;
@@ -18,7 +19,6 @@ takes in-process, with as many readers that do nothing. Steps are long enough th
 """
 
 import argparse
-import itertools
 import json
 import random
 import subprocess
@@ -44,12 +44,14 @@ from bench._ipc_peers import Ask, grpc_channel, grpc_method, infer_stream, zmq_d
 from ferrum_rt.interfaces.types import StreamChunk
 from ferrum_rt.ipc.client import connect
 from tests.fakes.daemon import ROOT, daemon_process
+from tests.fakes.executor import mapped_clock
 from tests.runtime.engines import fake_engine
 
 T = TypeVar("T")
 
 IN_PROCESS, DAEMON, GRPC, ZMQ = "in-process", "daemon", "grpc.aio", "zmq.asyncio"
-LATENCY_STEP_S = 0.001
+CONTENDERS = (IN_PROCESS, DAEMON, GRPC, ZMQ)
+LATENCY_STEP_S = 0.002
 TOKENS = 8
 PAUSE_S = 0.001
 IN_A_ROW = 10
@@ -69,6 +71,14 @@ GOAL_FIRST_TOKEN_US = 150.0
 
 Stream = Callable[[], AbstractAsyncContextManager[AsyncIterator[StreamChunk]]]
 """A request of ``TOKENS`` tokens."""
+
+
+class Contender(NamedTuple):
+    """``clock`` has the moment at which the engine's last step ended."""
+
+    stream: Stream
+    clock: "memoryview[float]"
+
 
 Samples = dict[str, list[Sample]]
 """By contender."""
@@ -112,15 +122,20 @@ def engine_options(num_streams: int, max_tokens: int, step_s: float) -> dict[str
 
 
 @asynccontextmanager
-async def servers(directory: Path, options: dict[str, Any]) -> AsyncIterator[dict[str, tuple[str, int]]]:
-    """(socket, process id) of each server. They start side by side."""
+async def servers(
+    directory: Path, options: dict[str, Any], clocks: Mapping[str, str | None]
+) -> AsyncIterator[dict[str, tuple[str, int]]]:
+    """(socket, process id) of each server; ``clocks`` are where their executors note the ends of their steps. They
+    start side by side."""
     paths = {name: directory / f"{name}.sock" for name in (DAEMON, GRPC, ZMQ)}
     with ExitStack() as stack:
         peers = {
-            name: stack.enter_context(child("bench._ipc_peers", name, str(paths[name]), json.dumps(options)))
+            name: stack.enter_context(
+                child("bench._ipc_peers", name, str(paths[name]), json.dumps(options | {"clock": clocks[name]}))
+            )
             for name in (GRPC, ZMQ)
         }
-        async with daemon_process(paths[DAEMON], **options) as daemon:
+        async with daemon_process(paths[DAEMON], **options, clock=clocks[DAEMON]) as daemon:
             for peer in peers.values():
                 await line_from(peer)
             processes = {DAEMON: daemon, **peers}
@@ -140,7 +155,7 @@ class Latency(NamedTuple):
 
 
 @asynccontextmanager
-async def clients(directory: Path) -> AsyncIterator[dict[str, Stream]]:
+async def clients(directory: Path) -> AsyncIterator[dict[str, Contender]]:
     """The contenders, each with an open connection."""
     options = engine_options(1, TOKENS, LATENCY_STEP_S)
     ask = Ask(PROMPT, TOKENS)
@@ -150,41 +165,49 @@ async def clients(directory: Path) -> AsyncIterator[dict[str, Stream]]:
         yield method(ask)
 
     async with AsyncExitStack() as stack:
-        serving = await stack.enter_async_context(servers(directory, options))
-        engine, _ = await stack.enter_async_context(fake_engine(options["config"], step_s=LATENCY_STEP_S))
+        clocks = {name: directory / f"{name}.clock" for name in CONTENDERS}
+        for clock in clocks.values():
+            clock.write_bytes(bytes(8))
+        places = {name: str(clock) for name, clock in clocks.items()}
+        serving = await stack.enter_async_context(servers(directory, options, places))
+        fake = fake_engine(options["config"], step_s=LATENCY_STEP_S, clock=places[IN_PROCESS])
+        engine, _ = await stack.enter_async_context(fake)
         remote: Any = await stack.enter_async_context(connect(serving[DAEMON][0]))
         method = grpc_method(await stack.enter_async_context(grpc_channel(serving[GRPC][0])))
         context = stack.enter_context(zmq.asyncio.Context())
         dealer = stack.enter_context(zmq_dealer(context, serving[ZMQ][0]))
-        yield {
+        streams: dict[str, Stream] = {
             IN_PROCESS: lambda: infer_stream(engine, ask),
             DAEMON: lambda: infer_stream(remote, ask),
             GRPC: through_grpc,
             ZMQ: lambda: zmq_stream(dealer, ask),
         }
+        yield {name: Contender(stream, mapped_clock(places[name])) for name, stream in streams.items()}
 
 
-async def time_request(stream: Stream) -> list[float]:
-    """Seconds to the first chunk, and to each further one from the one before."""
-    moments = [time.perf_counter()]
-    async with stream() as chunks:
+async def time_request(contender: Contender) -> list[float]:
+    """Seconds from the call to the first chunk, and to each further one from its step's end."""
+    times: list[float] = []
+    began, clock = time.perf_counter(), contender.clock
+    async with contender.stream() as chunks:
         async for _ in chunks:
-            moments.append(time.perf_counter())
+            now = time.perf_counter()
+            times.append(now - (clock[0] if times else began))
     await anyio.sleep(PAUSE_S)  # what a request leaves to be done shall not fall into the next
-    if len(moments) != TOKENS + 1:
-        raise RuntimeError(f"{len(moments) - 1} chunks came for {TOKENS} tokens")
-    return [after - before for before, after in itertools.pairwise(moments)]
+    if len(times) != TOKENS:
+        raise RuntimeError(f"{len(times)} chunks came for {TOKENS} tokens")
+    return times
 
 
 async def measure_latency(repeats: int, requests: int) -> dict[str, list[Latency]]:
     taken: dict[str, list[Latency]] = {}
     with tempfile.TemporaryDirectory(prefix="ferrum-bench-") as directory:
-        async with clients(Path(directory)) as streams:
+        async with clients(Path(directory)) as contenders:
             for repeat in range(repeats + 1):
-                times: dict[str, list[list[float]]] = {name: [] for name in streams}
+                times: dict[str, list[list[float]]] = {name: [] for name in contenders}
                 for number in range(-(-requests // IN_A_ROW) if repeat else 1):
-                    for name, stream in shuffled(streams, number):
-                        times[name] += [await time_request(stream) for _ in range(IN_A_ROW)]
+                    for name, contender in shuffled(contenders, number):
+                        times[name] += [await time_request(contender) for _ in range(IN_A_ROW)]
                 if not repeat:
                     continue  # it warms up
                 for name, measured in times.items():
@@ -206,10 +229,10 @@ def _firsts(taken: Mapping[str, list[Latency]]) -> str:
 async def measure_row(row: Row, repeats: int, seconds: float) -> Samples:
     load = Load(row.clients, row.streams, max(2, round(seconds / row.step_s)))
     options = engine_options(load.num_streams, load.tokens, row.step_s)
-    samples: Samples = {name: [] for name in (IN_PROCESS, DAEMON, GRPC, ZMQ)}
+    samples: Samples = {name: [] for name in CONTENDERS}
     with tempfile.TemporaryDirectory(prefix="ferrum-bench-") as directory:
         with child("bench._ipc_load", json.dumps(options)) as in_process:
-            async with servers(Path(directory), options) as serving:
+            async with servers(Path(directory), options, dict.fromkeys(CONTENDERS)) as serving:
                 await line_from(in_process)
 
                 async def run_in_process() -> Sample:

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Unpack
 
 import anyio
+import anyio.lowlevel
 import msgspec
 from anyio.abc import TaskStatus
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
@@ -290,6 +291,7 @@ class Client:
         while True:
             for message in self._decoder.feed(data):
                 self._handle(message)
+            await anyio.lowlevel.checkpoint()  # whoever has got something goes first
             data = await self._connection.receive()
 
     def _handle(self, message: ServerMessage) -> None:

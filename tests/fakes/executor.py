@@ -7,6 +7,7 @@ differs from ``expected_tokens``.
 """
 
 import codecs
+import mmap
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -57,6 +58,12 @@ def expected_tokens(prompt: Sequence[int], count: int, answer: Answer = printabl
     return tokens
 
 
+def mapped_clock(path: str) -> "memoryview[float]":
+    """A file with room for one double, shared with all that map it."""
+    with open(path, "r+b") as file:
+        return memoryview(mmap.mmap(file.fileno(), 8)).cast("d")
+
+
 def fake_model(config: EngineConfig, executor: "FakeExecutor | None" = None) -> LoadedModel:
     """Give it to a Runtime as its ``load``; bind ``executor`` to keep hold of it."""
     return LoadedModel(
@@ -82,7 +89,9 @@ class _Slot:
 
 class FakeExecutor:
     """Sleeps ``step_s`` in each step, raises in the steps numbered in ``fail_at`` (from 1), and samples NaN (None) for
-    the requests in ``nan_requests``. ``on_step`` is called first, with the step's number, in the executor's thread."""
+    the requests in ``nan_requests``. ``on_step`` is called first, with the step's number, in the executor's thread.
+    ``clock`` is a file to which it writes when its last step ended, a double of time.perf_counter's, for whoever has it
+    mapped."""
 
     def __init__(
         self,
@@ -93,6 +102,7 @@ class FakeExecutor:
         fail_at: set[int] | None = None,
         nan_requests: set[RequestId] | None = None,
         on_step: Callable[[int, StepInput], None] | None = None,
+        clock: str | None = None,
     ) -> None:
         self.num_slots = config.scheduler.max_running_requests
         self.num_steps = 0
@@ -101,6 +111,7 @@ class FakeExecutor:
         self.fail_at = fail_at or set()
         self.nan_requests = nan_requests or set()
         self._answer, self._on_step = answer, on_step
+        self._clock = None if clock is None else mapped_clock(clock)
         self._block_size = config.kv_cache.block_size
         wanted_len = config.model.max_model_len or MAX_MODEL_LEN
         self.num_pages = config.kv_cache.num_pages or self.num_slots * -(-wanted_len // self._block_size)
@@ -144,6 +155,8 @@ class FakeExecutor:
         ]
         if self.step_s:
             time.sleep(self.step_s)
+        if self._clock is not None:
+            self._clock[0] = time.perf_counter()
         # Last, so that the step that is already planned behind this one finds its slots where it expects them.
         if number in self.fail_at:
             raise RuntimeError(f"step {number} was told to fail")
@@ -151,6 +164,8 @@ class FakeExecutor:
 
     def close(self) -> None:
         self.is_closed = True
+        if self._clock is not None:
+            self._clock.release()
 
     def memory_usage(self) -> MemoryUsage:
         return MemoryUsage(weights=0, kv_cache=0)
