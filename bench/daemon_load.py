@@ -300,8 +300,8 @@ def daemon_limits(args: argparse.Namespace) -> DaemonLimits:
 
 def memory_bound_mib(rest: Footprint, limits: DaemonLimits, connections: int, requests: int) -> float:
     """As docs/architecture.md has it, for one user."""
-    of_user = 45 * limits.user_bytes + 80 * limits.user_tokens
-    return rest.resident_mib + (of_user + 30 * limits.frame_bytes) / 2**20 + (connections + requests) / 64
+    of_user = 28 * limits.user_bytes + 80 * limits.user_tokens
+    return rest.resident_mib + (of_user + 30 * limits.frame_bytes) / 2**20 + (80 * connections + 16 * requests) / 1024
 
 
 def violations(found: Found, ratios: Sequence[float], bound_mib: float, *, is_smoke: bool) -> list[str]:

@@ -60,7 +60,7 @@ HELLO_LIMIT_S = 5.0
 CLOSE_LIMIT_S = 5.0
 MAX_CREDIT = 1_000_000
 _ACCEPT_WITHIN_S = 0.005
-_WRITE_BUFFER_BYTES = 16 * 1024
+_WRITE_BUFFER_BYTES = 4 * 1024
 # Messages of one connection that are handled before the others have their turn, unless they come to so many bytes before.
 _HANDLE_AT_ONCE = 16
 _HANDLE_BYTES = 16 * 1024
@@ -313,6 +313,8 @@ class Session(asyncio.Protocol):
             self.cut(
                 ResourceExhausted(f"this user's connections and requests hold more than {limit} bytes, this one {held}")
             )
+            if waiting:  # it does not read, and what it was sent would take room for as long as it may yet
+                self.abort()
 
     # -- messages in --------------------------------------------------------------------------------------------------
 
@@ -430,9 +432,11 @@ class Session(asyncio.Protocol):
     def _cost(self, request: InferenceRequest) -> Cost:
         """At most: a token of a text stands for at least one of its bytes."""
         params, num_bytes = request.sampling_params, self._decoder.message_bytes
-        num_prompt = len(request.prompt) if is_token_ids(request.prompt) else num_bytes
+        max_len = self.engine.model_info.max_model_len
+        num_prompt = min(len(request.prompt) if is_token_ids(request.prompt) else num_bytes, max_len)
         max_tokens = params.max_tokens or self.engine.config.sampling.max_tokens
-        return Cost(min(num_prompt + max_tokens, self.engine.model_info.max_model_len) * params.n, num_bytes)
+        num_scores = num_prompt * (params.prompt_logprobs or 0)
+        return Cost(min(num_prompt + max_tokens, max_len) * params.n + num_scores, num_bytes)
 
     def _give_credit(self, message: Credit) -> None:
         sink = self._sinks.get(message.request_id)
