@@ -18,6 +18,7 @@ from opentelemetry import context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from ferrum_rt.daemon.config import DaemonLimits
+from ferrum_rt.daemon.outbox import Outbox
 from ferrum_rt.daemon.users import Cost, User
 from ferrum_rt.interfaces.errors import (
     Cancelled,
@@ -47,7 +48,6 @@ from ferrum_rt.ipc.messages import (
     Limits,
     Query,
     Report,
-    ServerMessage,
     Submit,
     Welcome,
     WireChunk,
@@ -60,7 +60,6 @@ HELLO_LIMIT_S = 5.0
 CLOSE_LIMIT_S = 5.0
 MAX_CREDIT = 1_000_000
 _ACCEPT_WITHIN_S = 0.005
-_WRITE_BUFFER_BYTES = 4 * 1024
 # Messages of one connection that are handled before the others have their turn, unless they come to so many bytes before.
 _HANDLE_AT_ONCE = 16
 _HANDLE_BYTES = 16 * 1024
@@ -103,7 +102,7 @@ class _WireSink:
         if chunk.prompt_logprobs is not None:  # alone in what it carries at once
             _check_fits(chunk)
         self.credit -= 1
-        self._session.send_chunk(chunk)
+        self._session.outbox.send_chunk(chunk)
 
     def cancel(self, error: FerrumError) -> None:
         """End the request, if it has not ended; the client is told why."""
@@ -194,14 +193,9 @@ class Session(asyncio.Protocol):
         self._state = _State.GREETING
         self._decoder = client_decoder(limits.frame_bytes)
         self._sinks: dict[str, _WireSink] = {}
-        self._messages: list[ServerMessage] = []
-        self._chunks: list[WireChunk] = []
-        """Of the last of the messages, if that is Chunks."""
-        self._is_flush_due = self._is_flush_planned = False
-        self._is_reading_paused = self._is_writing_paused = False
-        self._backlog = bytearray()
-        """What the transport does not take for now. There each frame by itself would take a kilobyte."""
-        self._num_started = self._num_handled = self._num_written = self._num_buffered = 0
+        self.outbox = Outbox(self._flushed, self.cut)
+        self._is_reading_paused = False
+        self._num_started = self._num_handled = self._num_buffered = 0
         self._loop = asyncio.get_running_loop()
         self._state_since = self._loop.time()
         self._input_stall, self._output_stall = _Stall(self._state_since), _Stall(self._state_since)
@@ -216,7 +210,7 @@ class Session(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
+        self.outbox.open(self._transport)
 
     def data_received(self, data: bytes) -> None:
         if self._state in (_State.GREETING, _State.OPEN):
@@ -224,13 +218,11 @@ class Session(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """The transport has enough."""
-        self._is_writing_paused = True
+        self.outbox.pause()
 
     def resume_writing(self) -> None:
         """It has room again."""
-        self._is_writing_paused = False
-        if self._backlog:
-            self._write(b"")
+        self.outbox.resume()
 
     def eof_received(self) -> bool:
         """Who has nothing more to say cannot give credit either: it is gone. What it had coming it may still read."""
@@ -251,28 +243,24 @@ class Session(asyncio.Protocol):
         self._enter(_State.CLOSING)
         _log.info("cut off", extra={"connection": self.number, "uid": self.user.uid, "code": error.code})
         self._cancel_all(error)
-        self._messages.append(failure(error))
-        self._close(self._take_frames())
+        self.outbox.send(failure(error))
+        self._close()
 
     def go_away(self, reason: str, drain_s: float) -> None:
         """Say that no new work is taken; to who has not said hello yet, that it comes too late."""
         if self._state is _State.OPEN:
-            self._send(GoingAway(reason=reason, drain_s=drain_s))
+            self.outbox.send(GoingAway(reason=reason, drain_s=drain_s))
         else:
             self.cut(Cancelled(reason))
 
     def _leave(self, reason: str) -> None:
         self._enter(_State.CLOSING)
-        self._cancel_all(Cancelled(reason))
-        self._close(b"")
+        self._close()
+        self._cancel_all(Cancelled(reason))  # nobody is told any more
 
-    def _close(self, last: bytes) -> None:
-        """What waits for the client still goes out, if it reads on; what it has begun to say is forgotten."""
-        if waiting := bytes(self._backlog) + last:
-            self._transport.write(waiting)
-        self._backlog.clear()
-        self._decoder = client_decoder(self.limits.frame_bytes)
-        self._transport.close()
+    def _close(self) -> None:
+        self._decoder = client_decoder(self.limits.frame_bytes)  # what it has begun to say takes no more room
+        self.outbox.close()
 
     def abort(self) -> None:
         """Close without waiting for anybody to read."""
@@ -280,7 +268,7 @@ class Session(asyncio.Protocol):
 
     def check(self, now: float) -> None:
         """Called about once a second: nobody may take for ever."""
-        waiting = self._num_waiting_bytes
+        waiting = self.outbox.num_waiting_bytes
         match self._state:
             case _State.GREETING if now - self._state_since > HELLO_LIMIT_S:
                 self.cut(InvalidFormat(f"no hello came within {HELLO_LIMIT_S:g} s"))
@@ -291,7 +279,7 @@ class Session(asyncio.Protocol):
                 is_partial = self._decoder.num_held_bytes > 0
                 if self._input_stall.seconds(now, is_waited_for=is_partial, progress=self._num_handled) > limit:
                     self.cut(InvalidFormat(f"a frame was begun and not finished within {limit:g} s"))
-                sent = self._num_written - waiting
+                sent = self.outbox.num_written - waiting
                 if self._output_stall.seconds(now, is_waited_for=waiting > 0, progress=sent) > limit:
                     self.cut(ResourceExhausted(f"nothing was read for {limit:g} s, with {waiting} bytes waiting"))
         self._account(waiting)
@@ -337,7 +325,7 @@ class Session(asyncio.Protocol):
         finally:
             messages.close()
         self._num_handled += count
-        self._account(self._num_waiting_bytes)
+        self._account(self.outbox.num_waiting_bytes)
         if count == _HANDLE_AT_ONCE or num_bytes >= _HANDLE_BYTES:
             self._pause_reading()
             self._turns.wait(self._take_in_more)
@@ -378,7 +366,7 @@ class Session(asyncio.Protocol):
         self._enter(_State.OPEN)
         limits = Limits(frame_bytes=self.limits.frame_bytes, requests=self.limits.connection_requests)
         config = msgspec.json.encode(self.engine.config).decode()
-        self._send(Welcome(version=VERSION, model=self.engine.model_info.id, limits=limits, config=config))
+        self.outbox.send(Welcome(version=VERSION, model=self.engine.model_info.id, limits=limits, config=config))
 
     def _submit(self, message: Submit) -> None:
         request_id = message.request_id
@@ -387,10 +375,9 @@ class Session(asyncio.Protocol):
         try:
             self._sinks[request_id] = self._start(message)
         except FerrumError as error:
-            self._send(failure(error, request_id))
+            self.outbox.send(failure(error, request_id))
         else:
-            self._messages.append(Accepted(request_id=request_id))
-            self._flush_within(_ACCEPT_WITHIN_S)
+            self.outbox.send_within(_ACCEPT_WITHIN_S, Accepted(request_id=request_id))
 
     def _start(self, message: Submit) -> _WireSink:
         if len(self._sinks) >= self.limits.connection_requests:
@@ -454,82 +441,20 @@ class Session(asyncio.Protocol):
                 content = self.engine.status_now()
             case "health":
                 content = self.engine.health_now()
-        self._send(Report(query_id=query.query_id, content=msgspec.json.encode(content).decode()))
+        self.outbox.send(Report(query_id=query.query_id, content=msgspec.json.encode(content).decode()))
 
     # -- messages out -------------------------------------------------------------------------------------------------
-
-    def _send(self, message: ServerMessage) -> None:
-        """Behind what is on its way."""
-        self._messages.append(message)
-        self._flush_soon()
-
-    def send_chunk(self, chunk: WireChunk) -> None:
-        """With what else the step brings."""
-        if not self._chunks:
-            self._messages.append(Chunks(chunks=self._chunks))
-            self._flush_soon()
-        self._chunks.append(chunk)
 
     def end(self, request_id: str, sink: _WireSink, message: Finished | Failed) -> None:
         """A request's last message."""
         del self._sinks[request_id]
         self.user.give_back(sink.cost, sink.generation)
         sink.generation = None  # which knows of the sink: a cycle is only found by a collection, and that stops the loop
-        self._send(message)
+        self.outbox.send(message)
 
-    def _flush_soon(self) -> None:
-        if not self._is_flush_due:
-            self._is_flush_due = True
-            self._loop.call_soon(self._flush)
-
-    def _flush_within(self, limit_s: float) -> None:
-        """For what would only wake the client: what it waits for often follows at once."""
-        if not (self._is_flush_due or self._is_flush_planned):
-            self._is_flush_planned = True
-            self._loop.call_later(limit_s, self._flush)
-
-    def _flush(self) -> None:
-        self._is_flush_due = self._is_flush_planned = False
-        if self._state is not _State.OPEN or not self._messages:
-            return
-        waiting = self._num_waiting_bytes
+    def _flushed(self) -> None:
+        waiting = self.outbox.num_waiting_bytes
         if waiting > self.limits.connection_output_bytes:
             self.cut(ResourceExhausted(f"{waiting} bytes wait for this client to read them, which is more than may"))
-            return
-        try:
-            frames = self._take_frames()
-        except InvalidFormat as error:  # a chunk that no frame takes
-            self.cut(error)
-            return
-        self._num_written += len(frames)
-        self._write(frames)
-        self._account(waiting + len(frames))
-
-    def _write(self, frames: bytes) -> None:
-        if self._is_writing_paused:
-            self._backlog += frames
-        elif self._backlog:
-            self._transport.write(bytes(self._backlog) + frames)
-            self._backlog.clear()
         else:
-            self._transport.write(frames)
-
-    @property
-    def _num_waiting_bytes(self) -> int:
-        """That are on their way to the client, and that the kernel has not taken."""
-        return self._transport.get_write_buffer_size() + len(self._backlog)
-
-    def _take_frames(self) -> bytes:
-        messages, self._messages, self._chunks = self._messages, [], []
-        return b"".join(map(_frames, messages))
-
-
-def _frames(message: ServerMessage) -> bytes:
-    """One, unless chunks take more than a frame may."""
-    try:
-        return encode(message)
-    except InvalidFormat:
-        if not isinstance(message, Chunks) or len(message.chunks) == 1:
-            raise
-        half = len(message.chunks) // 2
-        return _frames(Chunks(chunks=message.chunks[:half])) + _frames(Chunks(chunks=message.chunks[half:]))
+            self._account(waiting)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ferrum_rt.daemon import outbox
 from ferrum_rt.daemon import session as sessions
 from ferrum_rt.daemon.config import DaemonLimits
 from ferrum_rt.daemon.server import Server
@@ -169,9 +170,9 @@ async def test_a_client_that_reads_a_little_is_left_alone(tmp_path: Path) -> Non
             clock = Clock(serving)
             [session] = serving._sessions
             for _ in range(10):
-                sent = session._num_written - session._transport.get_write_buffer_size()
+                sent = session.outbox.num_written - session._transport.get_write_buffer_size()
                 client.recv(1 << 20)
-                await until(lambda sent=sent: session._num_written - session._transport.get_write_buffer_size() > sent)  # type: ignore[misc]
+                await until(lambda sent=sent: session.outbox.num_written - session._transport.get_write_buffer_size() > sent)  # type: ignore[misc]
                 clock.pass_s(6)
             assert serving.num_connections == 1
 
@@ -336,7 +337,7 @@ def test_chunks_are_split_over_as_many_frames_as_it_takes(lengths: list[int]) ->
     chunks = [WireChunk(request_id=f"{n}", text="x" * length) for n, length in enumerate(lengths)]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("ferrum_rt.ipc.framing.MAX_FRAME_BYTES", 400)
-        frames = sessions._frames(Chunks(chunks=chunks))
+        frames = outbox.frames_of(Chunks(chunks=chunks))
     messages = list(server_decoder(400).feed(frames))  # which takes no longer one
     assert [chunk for message in messages if isinstance(message, Chunks) for chunk in message.chunks] == chunks
 
@@ -347,7 +348,7 @@ def test_a_chunk_that_no_frame_can_hold_is_an_error() -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("ferrum_rt.ipc.framing.MAX_FRAME_BYTES", 400)
         with pytest.raises(InvalidFormat):
-            sessions._frames(Chunks(chunks=chunks))
+            outbox.frames_of(Chunks(chunks=chunks))
 
 
 async def test_the_reason_given_to_a_client_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
