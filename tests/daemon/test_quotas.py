@@ -269,7 +269,7 @@ async def test_a_users_connections_together_hold_a_bounded_number_of_bytes(tmp_p
         if kind == "unfinished frames":
             said = encode(HELLO) + (600_000).to_bytes(4, "little") + bytes(599_999)
         else:
-            said = encode(HELLO) + b"".join(encode(Query(query_id=n, kind="status")) for n in range(1500))
+            said = encode(HELLO) + b"".join(encode(Query(query_id=n, kind="status")) for n in range(3000))
         clients = [raw_client(path) for _ in range(16)]
         await send_slowly(clients, said, look)
         for number in range(3):
