@@ -1,12 +1,14 @@
 """The peers that the daemon is measured beside: the same fake engine behind grpc.aio and behind zmq.asyncio.
 
 Each server runs in a process of its own, ``python -m bench._ipc_peers NAME SOCKET OPTIONS`` with the OPTIONS that
-tests/fakes/daemon.py takes, and writes a line when it is ready. The peers are as small as they can be, which favours them:
-no limits, no flow control, no check of who connects, and no cancellation but what the library brings by itself. What
-travels is encoded by msgspec on both sides, so gRPC needs no protobuf classes. Everything runs on uvloop.
+tests/fakes/daemon.py takes (``bare SOCKET`` has none), and writes a line when it is ready. The peers are as small as they
+can be, which favours them: no limits, no flow control, no check of who connects, and no cancellation but what the library
+brings by itself. What travels is encoded by msgspec on both sides, so gRPC needs no protobuf classes. Everything runs on
+uvloop.
 """
 
 import json
+import socket
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
@@ -127,11 +129,29 @@ async def zmq_stream(dealer: Any, ask: Ask) -> AsyncIterator[AsyncIterator[Strea
     yield chunks()
 
 
+# -- the floor ------------------------------------------------------------------------------------------------------------
+
+
+def serve_bare(path: str) -> None:
+    """Sends back what it gets: two processes, a blocking socket, and nothing else."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        print("ready", flush=True)
+        connection, _ = listener.accept()
+        with connection:
+            while data := connection.recv(65536):
+                connection.sendall(data)
+
+
 async def _main(kind: str, path: str, config: dict[str, Any], fake: dict[str, Any]) -> None:
     async with fake_engine(config, **fake) as (engine, _):
         await {"grpc.aio": serve_grpc, "zmq.asyncio": serve_zmq}[kind](engine, path)
 
 
 if __name__ == "__main__":
-    options = json.loads(sys.argv[3])
-    uvloop.run(_main(sys.argv[1], sys.argv[2], options.pop("config", {}), options))
+    if sys.argv[1] == "bare":
+        serve_bare(sys.argv[2])
+    else:
+        options = json.loads(sys.argv[3])
+        uvloop.run(_main(sys.argv[1], sys.argv[2], options.pop("config", {}), options))

@@ -8,7 +8,8 @@ also says what they are spared) are processes of their own, behind Unix sockets.
 requests, in a new order each time, so that noise hits all alike and few requests find a server that has lain idle. First
 token: from the call to the first chunk; per token: from the end of the step, which the executor notes where all processes
 can read it, to the chunk in the reader's hands. Steps take 2 ms: a chunk is then handed out beside the step that follows, as
-with a model, and not in competition with it.
+with a model, and not in competition with it. Beside them stands what any two processes pay: the round trip of 100 bytes
+through a bare blocking socket, after a pause as long as a step.
 
 *Processor time*: of the server's process, in all threads, over the tokens that it streams while so many clients (a client is
 a connection) read so many streams each. One other process, this one, holds all connections and reads as little as it can;
@@ -21,6 +22,7 @@ takes in-process, with as many readers that do nothing. Steps are long enough th
 import argparse
 import json
 import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -199,24 +201,47 @@ async def time_request(contender: Contender) -> list[float]:
     return times
 
 
-async def measure_latency(repeats: int, requests: int) -> dict[str, list[Latency]]:
+@asynccontextmanager
+async def bare_socket(path: Path) -> AsyncIterator[socket.socket]:
+    with child("bench._ipc_peers", "bare", str(path)) as process, socket.socket(socket.AF_UNIX) as connection:
+        await line_from(process)
+        connection.connect(str(path))
+        yield connection
+
+
+def time_round_trip(connection: socket.socket) -> float:
+    """In seconds, from a sleep to the answer."""
+    time.sleep(LATENCY_STEP_S)
+    began = time.perf_counter()
+    connection.sendall(bytes(100))
+    connection.recv(100)
+    return time.perf_counter() - began
+
+
+async def measure_latency(repeats: int, requests: int) -> tuple[dict[str, list[Latency]], list[float]]:
+    """Of each contender; and the bare socket's round trip, in microseconds, the median of each repeat."""
     taken: dict[str, list[Latency]] = {}
-    with tempfile.TemporaryDirectory(prefix="ferrum-bench-") as directory:
-        async with clients(Path(directory)) as contenders:
+    round_trips: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="ferrum-bench-") as folder:
+        directory = Path(folder)
+        async with clients(directory) as contenders, bare_socket(directory / "bare.sock") as bare:
             for repeat in range(repeats + 1):
+                bare_times: list[float] = []
                 times: dict[str, list[list[float]]] = {name: [] for name in contenders}
                 for number in range(-(-requests // IN_A_ROW) if repeat else 1):
                     for name, contender in shuffled(contenders, number):
                         times[name] += [await time_request(contender) for _ in range(IN_A_ROW)]
+                    bare_times += [1e6 * time_round_trip(bare) for _ in range(IN_A_ROW)]
                 if not repeat:
                     continue  # it warms up
+                round_trips.append(quantile(bare_times, 0.5))
                 for name, measured in times.items():
                     firsts = [1e6 * gaps[0] for gaps in measured]
                     tokens = [1e6 * gap for gaps in measured for gap in gaps[1:]]
                     figures = (quantile(values, share) for values in (firsts, tokens) for share in (0.5, 0.99))
                     taken.setdefault(name, []).append(Latency(*figures))
                 progress(f"latency, repeat {repeat} of {repeats}: " + _firsts(taken))
-    return taken
+    return taken, round_trips
 
 
 def _firsts(taken: Mapping[str, list[Latency]]) -> str:
@@ -305,7 +330,9 @@ def goals(latency: Mapping[str, Any], rows: list[tuple[Row, dict[str, Any]]]) ->
     return met
 
 
-def show(latency: Mapping[str, Any], rows: list[tuple[Row, dict[str, Any]]], met: Mapping[str, bool]) -> None:
+def show(
+    latency: Mapping[str, Any], round_trip: Spread, rows: list[tuple[Row, dict[str, Any]]], met: Mapping[str, bool]
+) -> None:
     figures = Latency._fields
     print("Microseconds, one client with one stream at a time; added: over in-process, in the same repeat")
     header = ["contender", *(f"{'first token' if 'first' in name else 'per token'} {name[-3:]}" for name in figures)]
@@ -315,6 +342,7 @@ def show(latency: Mapping[str, Any], rows: list[tuple[Row, dict[str, Any]]], met
         if "added" in found:
             lines.append(["  added", *(found["added"][figure].show(0) for figure in figures)])
     print(table(header, lines))
+    print(f"A bare socket's round trip after such a pause, p50: {round_trip.show(0)}")
     print("\nThe server's processor time per streamed token, and how busy the server and the load were")
     lines = []
     for row, report in rows:
@@ -329,10 +357,11 @@ def show(latency: Mapping[str, Any], rows: list[tuple[Row, dict[str, Any]]], met
 
 
 async def run(args: argparse.Namespace, rows: list[Row], facts: dict[str, Any]) -> None:
-    latency = latency_report(await measure_latency(args.repeats, args.requests))
+    taken, round_trips = await measure_latency(args.repeats, args.requests)
+    latency, round_trip = latency_report(taken), spread(round_trips)
     reports = [(row, row_report(row, await measure_row(row, args.repeats, args.seconds))) for row in rows]
     met = goals(latency, reports)
-    show(latency, reports, met)
+    show(latency, round_trip, reports, met)
     settings = {
         "repeats": args.repeats,
         "requests": args.requests,
@@ -343,7 +372,8 @@ async def run(args: argparse.Namespace, rows: list[Row], facts: dict[str, Any]) 
         "loop": "uvloop",
         **{package: metadata.version(package) for package in ("grpcio", "pyzmq", "msgspec")},
     }
-    results = {"latency_us": latency, "processor_time": [report for _, report in reports], "goals_met": met}
+    results = {"latency_us": latency, "bare_round_trip_us": round_trip}
+    results |= {"processor_time": [report for _, report in reports], "goals_met": met}
     finish("ipc", facts, settings, results)
 
 
