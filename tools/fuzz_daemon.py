@@ -1,13 +1,13 @@
 """Send a daemon very many frames, most of which mean harm, and see that nothing comes of it.
 
-    python tools/fuzz_daemon.py --frames 1000000 --seed 1
+    python -m tools.fuzz_daemon --frames 1000000 --seed 1
 
 starts a daemon over the fake executor in a process of its own (or takes the one, over that executor too, that listens at
 --socket) and speaks to it over many connections at once. Every answer is held against docs/protocol.md; between them one
 connection that does no harm asks for texts and must get the right ones. At the end the daemon must be alive, have nothing
 under way and nothing left open, and have grown by less than --max-growth-mib since a tenth of the frames was sent.
 
-    python tools/fuzz_daemon.py --walks 10000
+    python -m tools.fuzz_daemon --walks 10000
 
 lets hypothesis think of that many conversations instead, those of tests/daemon/test_live_fuzz.py, and reduce one that goes
 wrong to the least that does.
@@ -37,16 +37,14 @@ from typing import Any
 
 import anyio
 
+from ferrum_rt.interfaces.errors import InvalidFormat
+from ferrum_rt.ipc.framing import encode
+from ferrum_rt.ipc.messages import Cancel, Credit, Goodbye, Hello, Query, Submit, WireRequest, WireSampling
+from tests.daemon.line import Line
+from tests.fakes.daemon import daemon_process
+from tests.ipc.frames import broken_frame, large_attacks, odd_message, right_submit
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # for the tests' fakes: this is run as a script
-
-from ferrum_rt.interfaces.errors import InvalidFormat  # noqa: E402
-from ferrum_rt.ipc.framing import encode  # noqa: E402
-from ferrum_rt.ipc.messages import Cancel, Credit, Goodbye, Hello, Query, Submit, WireRequest, WireSampling  # noqa: E402
-from tests.daemon.line import Line  # noqa: E402
-from tests.fakes.daemon import daemon_process  # noqa: E402
-from tests.ipc.frames import broken_frame, large_attacks, odd_message, right_submit  # noqa: E402
-
 HELLO = encode(Hello(version=1, client="fuzz"))
 NUM_LINES = 16
 FRAMES_PER_ANSWER = 500

@@ -401,7 +401,7 @@ async def test_a_large_attack_ends_its_connection(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_long_run_in_short(tmp_path: Path) -> None:
     """tools/fuzz_daemon.py finds nothing, and says so in JSON; it has sent what it was told to, most of it hostile."""
-    command = [sys.executable, "tools/fuzz_daemon.py", "--frames", "1500", "--corpus", str(tmp_path)]
+    command = [sys.executable, "-m", "tools.fuzz_daemon", "--frames", "1500", "--corpus", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     report = json.loads(done.stdout.splitlines()[-1])
     assert (done.returncode, report["violations"]) == (0, [])

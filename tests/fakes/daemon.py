@@ -94,7 +94,7 @@ async def started(
     """A process that has told systemd, which we are to it, that it is ready."""
     with Notices() as notices:
         variables = os.environ | (environment or {}) | {"NOTIFY_SOCKET": notices.path}
-        with subprocess.Popen(command, cwd=ROOT, env=variables, **popen) as process:  # noqa: ASYNC220
+        with subprocess.Popen(command, cwd=ROOT, env=variables, **popen) as process:  # noqa: ASYNC220 - it takes milliseconds
             try:
                 await notices.wait_for("READY=1", lambda: process.poll() is None)
                 yield process
