@@ -308,6 +308,24 @@ async def test_a_daemon_that_dies_gives_every_waiter_connection_lost(tmp_path: P
             pass
 
 
+def test_a_client_runs_on_trio(tmp_path: Path) -> None:
+    """The client needs no asyncio: on trio it streams, is cancelled, and hears of errors as elsewhere."""
+
+    async def talk() -> None:
+        async with forked_daemon(tmp_path / "s.sock", step_s=0.001), connect(tmp_path / "s.sock") as client:
+            async with client.infer_stream("trio", max_tokens=3 * CREDIT) as chunks:
+                text = "".join([chunk.text async for chunk in chunks])
+            assert text == text_after("trio", 3 * CREDIT)
+            with anyio.move_on_after(0.01) as scope:
+                await client.infer("x", max_tokens=900)
+            assert scope.cancelled_caught
+            assert (await settled(client, lambda status: status.requests.cancelled == 1)).pages.active == 0
+            with pytest.raises(RequestValidationError):
+                await client.infer("x" * 2000)
+
+    anyio.run(talk, backend="trio")
+
+
 async def test_closing_a_client_ends_its_requests_alone(tmp_path: Path) -> None:
     """A client that is closed under way cancels its own; the daemon and other clients go on."""
     received: list[StreamChunk] = []
