@@ -2,7 +2,7 @@
 
 One daemon, the real one over a fake executor that sleeps through its steps, and 1,000 streams over 200 connections. Eight
 tenths of the connections are healthy; a tenth reads slowly or not at all, and a tenth is killed at random moments, again
-and again (``bench/load_clients.py``). Two phases take turns: *alone* has the healthy ones only, *together* has them all.
+and again (``bench/_load_clients.py``). Two phases take turns: *alone* has the healthy ones only, *together* has them all.
 Asked are
 
 - the time between two chunks of a healthy stream, as it is seen by the client: its p99 together over that alone, for each
@@ -40,7 +40,7 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 
 import ferrum_rt
 from bench._common import Spread, finish, machine, progress, spread, table
-from bench.load_clients import OUTPUT_TOKENS, PROMPT_CHARACTERS
+from bench._load_clients import OUTPUT_TOKENS, PROMPT_CHARACTERS
 from ferrum_rt.daemon.config import DaemonLimits
 from ferrum_rt.interfaces.types import EngineMetrics, EngineStatus
 from tests.fakes.daemon import daemon_process
@@ -144,7 +144,7 @@ class Clients:
 
 @asynccontextmanager
 async def clients(kind: str, path: Path, connections: int, streams: int) -> AsyncIterator[Clients]:
-    command = [sys.executable, "-m", "bench.load_clients", kind, str(path), str(connections), str(streams)]
+    command = [sys.executable, "-m", "bench._load_clients", kind, str(path), str(connections), str(streams)]
     async with await anyio.open_process(command, stderr=None) as process:
         try:
             group = Clients(process)

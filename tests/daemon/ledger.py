@@ -110,7 +110,6 @@ class Ledger:
         self.has_left = False
         self.is_cut = False
         self.is_welcome = False
-        self.num_heard = 0
         self.report = ""
         self.is_greeted = False
         self._may_be_cut = False
@@ -172,7 +171,6 @@ class Ledger:
         """Raises AssertionError."""
         assert not self.is_cut, f"{message} came after the connection's last message"
         assert self.is_welcome or isinstance(message, Welcome | Failed), f"{message} came before welcome"
-        self.num_heard += 1
         match message:
             case Welcome():
                 assert not self.is_welcome, "welcome came twice"

@@ -1,4 +1,4 @@
-"""The clients of bench.daemon_load: ``python -m bench.load_clients KIND SOCKET CONNECTIONS STREAMS``.
+"""The clients of bench.daemon_load: ``python -m bench._load_clients KIND SOCKET CONNECTIONS STREAMS``.
 
 Each kind is a process of its own. They speak in frames, and without an event loop of tasks, so that they are not what is
 measured. On standard input come the lines ``begin`` and ``end``, as often as wanted; each is answered by a line of JSON,
