@@ -28,6 +28,7 @@ from ferrum_rt.interfaces.types import (
     FinishReason,
     InferenceRequest,
     InferenceResponse,
+    ModelId,
     RequestId,
     SamplingParams,
     StreamChunk,
@@ -188,6 +189,8 @@ async def test_errors_are_of_the_same_class(kind: str, tmp_path: Path) -> None:
             await engine.infer("x", max_tokenz=3)  # type: ignore[call-arg]
         with pytest.raises(RequestValidationError, match="temperature"):
             await engine.infer("x", temperature=-1)
+        with pytest.raises(NotFound, match="model_id"):
+            await engine.infer("x", model_id=ModelId("another"))
         with pytest.raises(RequestValidationError, match="max_model_len"):
             await engine.infer("x" * 2000, max_tokens=10)
         with pytest.raises(BackendError, match="told to fail"):
