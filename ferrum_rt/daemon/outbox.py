@@ -22,7 +22,8 @@ class Outbox:
         """Of the last of the messages, if that is Chunks."""
         self._backlog = bytearray()
         """Frames that the transport does not take for now."""
-        self._is_flush_due = self._is_flush_planned = self._is_paused = False
+        self._is_flush_due = self._is_paused = False
+        self._planned_flush: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport
         self.num_written = 0
@@ -45,9 +46,8 @@ class Outbox:
     def send_within(self, limit_s: float, message: ServerMessage) -> None:
         """What would only wake the client: what it waits for often follows at once."""
         self._messages.append(message)
-        if not (self._is_flush_due or self._is_flush_planned):
-            self._is_flush_planned = True
-            self._loop.call_later(limit_s, self._flush)
+        if not (self._is_flush_due or self._planned_flush):
+            self._planned_flush = self._loop.call_later(limit_s, self._flush)
 
     def send_chunk(self, chunk: WireChunk) -> None:
         """With what else the step brings."""
@@ -78,7 +78,10 @@ class Outbox:
             self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
-        self._is_flush_due = self._is_flush_planned = False
+        self._is_flush_due = False
+        if self._planned_flush is not None:
+            self._planned_flush.cancel()
+            self._planned_flush = None
         if self._transport.is_closing() or not self._messages:
             return
         try:

@@ -49,14 +49,17 @@ class Server:
         for session in self._sessions:
             session.limits = limits
 
-    async def run(self, listener: socket.socket, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
-        """Serve a listening, non-blocking Unix socket, which stays the caller's, until cancelled; then every connection is
+    async def run(
+        self, listeners: Collection[socket.socket], *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Serve listening, non-blocking Unix sockets, which stay the caller's, until cancelled; then every connection is
         told so and closed."""
         try:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._check, name="ferrum daemon checks")
+                for listener in listeners:
+                    tasks.start_soon(self._accept, listener, name="ferrum daemon listener")
                 task_status.started()
-                await self._accept(listener)
+                await self._check()
         finally:
             with anyio.CancelScope(shield=True):
                 await self.close()

@@ -30,7 +30,7 @@ from ferrum_rt.runtime.runtime import Runtime
 STOPPED, ENGINE_FAILED = 0, 1
 _HEALTH_EVERY_S = 1.0
 _OTHER_DESCRIPTORS = 64
-_RELOADABLE = ("daemon.limits", "daemon.log_level", "daemon.allowed_uids")
+_RELOADABLE = ("limits", "log_level", "allowed_uids")
 
 _log = logging.getLogger(__name__)
 
@@ -73,8 +73,7 @@ class _Service:
         daemon = self._config.daemon
         self._server = Server(self._engine, allowed_uids=_uids(daemon), limits=daemon.limits)
         async with anyio.create_task_group() as tasks:
-            for listener in listeners:
-                await tasks.start(self._server.run, listener)
+            await tasks.start(self._server.run, listeners)
             tasks.start_soon(self._watch, tasks.cancel_scope)
             # A full collection over torch's own objects stops the event loop for 90 ms; they are here to stay.
             gc.collect()
@@ -122,15 +121,14 @@ class _Service:
         except ConfigError as error:
             _log.error("not reloaded", extra={"reason": str(error)})
         else:
-            changed = difference(self._config, new)
-            applied = [key for key in changed if key.startswith(_RELOADABLE)]
-            waiting = [key for key in changed if key not in applied]
-            _log.info("reloaded", extra={"applied": applied, "need_a_restart": waiting})
-            _make_room(new.daemon.limits.connections)
-            self._server.reload(allowed_uids=_uids(new.daemon), limits=new.daemon.limits)
-            logs.set_level(new.daemon.log_level)
-            kept = msgspec.structs.replace(new.daemon, socket=self._config.daemon.socket)
-            self._config = msgspec.structs.replace(self._config, daemon=kept)
+            old, reloaded = self._config, {name: getattr(new.daemon, name) for name in _RELOADABLE}
+            daemon = msgspec.structs.replace(old.daemon, **reloaded)
+            self._config = msgspec.structs.replace(old, daemon=daemon)
+            lists = {"applied": difference(old, self._config), "need_a_restart": difference(self._config, new)}
+            _log.info("reloaded", extra=lists)
+            _make_room(daemon.limits.connections)
+            self._server.reload(allowed_uids=_uids(daemon), limits=daemon.limits)
+            logs.set_level(daemon.log_level)
         self._say_ready()
 
     def _say_ready(self) -> None:

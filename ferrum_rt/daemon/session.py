@@ -259,7 +259,7 @@ class Session(asyncio.Protocol):
         self._cancel_all(Cancelled(reason))  # nobody is told any more
 
     def _close(self) -> None:
-        self._decoder = client_decoder(self.limits.frame_bytes)  # what it has begun to say takes no more room
+        self._decoder.clear()  # what it has begun to say takes no more room
         self.outbox.close()
 
     def abort(self) -> None:

@@ -1,7 +1,7 @@
 """Messages to bytes and back: a length of four bytes, little-endian, then one message in msgpack."""
 
 from collections.abc import Generator
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import msgspec
 
@@ -17,6 +17,8 @@ _HEADER_BYTES = 4
 _FIRST_KEY = b"\xa4type"
 
 _ENCODER = msgspec.msgpack.Encoder()
+_OF_CLIENTS: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)
+_OF_SERVERS: msgspec.msgpack.Decoder[ServerMessage] = msgspec.msgpack.Decoder(ServerMessage)
 
 
 def encode(message: ClientMessage | ServerMessage) -> bytes:
@@ -31,10 +33,8 @@ class FrameDecoder(Generic[T]):
     """Puts the messages together that come in pieces. It holds one unfinished frame at most, and takes no room for bytes
     that a length only promises."""
 
-    def __init__(self, kind: Any, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
-        """``kind`` is T, which may be a union of types."""
-        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kind)
-        self._max_frame_bytes = max_frame_bytes
+    def __init__(self, decoder: msgspec.msgpack.Decoder[T], max_frame_bytes: int) -> None:
+        self._decoder, self._max_frame_bytes = decoder, max_frame_bytes
         self._held = bytearray()
         self.message_bytes = 0
         """The length of the message that was given out last."""
@@ -63,6 +63,10 @@ class FrameDecoder(Generic[T]):
         finally:
             del self._held[:start]
 
+    def clear(self) -> None:
+        """Forget what is held."""
+        self._held.clear()
+
     def _next_length(self, start: int) -> int | None:
         """Bytes in the frame at ``start``, if it is all here."""
         available = len(self._held) - start
@@ -84,9 +88,9 @@ class FrameDecoder(Generic[T]):
 
 def client_decoder(max_frame_bytes: int = MAX_FRAME_BYTES) -> FrameDecoder[ClientMessage]:
     """What the daemon reads with."""
-    return FrameDecoder(ClientMessage, max_frame_bytes)
+    return FrameDecoder(_OF_CLIENTS, max_frame_bytes)
 
 
 def server_decoder(max_frame_bytes: int = MAX_FRAME_BYTES) -> FrameDecoder[ServerMessage]:
     """What a client reads with."""
-    return FrameDecoder(ServerMessage, max_frame_bytes)
+    return FrameDecoder(_OF_SERVERS, max_frame_bytes)

@@ -142,7 +142,7 @@ def _check_attribute(name: Any) -> None:
 class _Paying(NodeTransformer):
     """Puts payments where jinja2 asks the environment for nothing."""
 
-    def visit_For(self, node: nodes.For) -> Any:  # noqa: N802 (jinja2 finds them by these names)
+    def visit_For(self, node: nodes.For) -> Any:
         if node.test is not None:
             node.test = nodes.And(_payment([node.test], node.lineno), node.test, lineno=node.lineno)
         return self._visit_body(node)
@@ -154,25 +154,25 @@ class _Paying(NodeTransformer):
         node.body.insert(0, payment)
         return node
 
-    visit_Macro = visit_CallBlock = visit_Block = _visit_body  # noqa: N815
+    visit_Macro = visit_CallBlock = visit_Block = _visit_body
 
-    def visit_List(self, node: Any) -> Any:  # noqa: N802
+    def visit_List(self, node: Any) -> Any:
         """Literals that hold values; not what is assigned to."""
         self.generic_visit(node)
         is_constant = getattr(node, "ctx", "load") != "load" or all(isinstance(item, nodes.Const) for item in node.items)
         return node if is_constant else _filtered(node, _MADE)
 
-    visit_Tuple = visit_Dict = visit_List  # noqa: N815
+    visit_Tuple = visit_Dict = visit_List
 
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
         return _filtered(node, _COPIED) if isinstance(node.arg, nodes.Slice) else node
 
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
         return _filtered(nodes.Tuple(node.nodes, "load", lineno=node.lineno), _CONCAT)
 
-    def visit_Add(self, node: nodes.Add) -> nodes.Node:  # noqa: N802
+    def visit_Add(self, node: nodes.Add) -> nodes.Node:
         """A chain of additions at once: it is how most templates put a turn together."""
         operands: list[nodes.Expr] = []
         left: nodes.Expr = node
@@ -182,7 +182,7 @@ class _Paying(NodeTransformer):
         operands.insert(0, self.visit(left))
         return _filtered(nodes.Tuple(operands, "load", lineno=node.lineno), _ADD)
 
-    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:  # noqa: N802
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         """Equality with a constant costs nothing; whether a value is in another, what the test of that name does."""
         self.generic_visit(node)
         first = node.ops[0]

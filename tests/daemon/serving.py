@@ -35,6 +35,6 @@ async def server(
         async with fake_engine(**fake) as (engine, _):
             serving = Server(engine, allowed_uids=uids, limits=limits or DaemonLimits())
             async with anyio.create_task_group() as tasks:
-                await tasks.start(serving.run, listener)
+                await tasks.start(serving.run, [listener])
                 yield engine, path, serving
                 tasks.cancel_scope.cancel()

@@ -260,6 +260,7 @@ drain_s = 3.0
 socket = "{path}.other"
 log_level = "debug"
 allowed_uids = [4242]
+otlp = "http://localhost:4318"
 [daemon.limits]
 connection_requests = 2
 """
@@ -280,7 +281,7 @@ async def test_a_reload_applies_what_it_can(path: Path, tmp_path: Path) -> None:
         assert await answers(path)
         assert daemon.logged("connected")
         await reload(daemon)
-        waiting = ["engine.model.source", "engine.scheduler.drain_s", "daemon.socket"]
+        waiting = ["engine.model.source", "engine.scheduler.drain_s", "daemon.socket", "daemon.otlp"]
         applied = ["daemon.allowed_uids", "daemon.log_level", "daemon.limits.connection_requests"]
         assert [(line["applied"], line["need_a_restart"]) for line in daemon.logged("reloaded")] == [
             (applied, waiting),
