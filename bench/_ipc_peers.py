@@ -1,18 +1,19 @@
 """The peers that the daemon is measured beside: the same fake engine behind grpc.aio and behind zmq.asyncio.
 
 Each server runs in a process of its own, ``python -m bench._ipc_peers NAME SOCKET OPTIONS`` with the OPTIONS that
-tests/fakes/daemon.py takes (``bare SOCKET`` has none), and writes a line when it is ready. The peers are as small as they
-can be, which favours them: no limits, no flow control, no check of who connects, and no cancellation but what the library
-brings by itself. What travels is encoded by msgspec on both sides, so gRPC needs no protobuf classes. Everything runs on
-uvloop.
+tests/fakes/daemon.py takes (``bare SOCKET`` and ``least SOCKET`` have none), and writes a line when it is ready. The peers
+are as small as they can be, which favours them: no limits, no flow control, no check of who connects, and no cancellation
+but what the library brings by itself. What travels is encoded by msgspec on both sides, so gRPC needs no protobuf classes.
+Everything runs on uvloop.
 """
 
+import asyncio
 import json
 import socket
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import grpc.aio
@@ -21,7 +22,9 @@ import uvloop
 import zmq
 import zmq.asyncio
 
-from ferrum_rt.interfaces.types import StreamChunk
+from ferrum_rt.interfaces.types import StreamChunk, TokenId
+from ferrum_rt.ipc.framing import client_decoder, encode, server_decoder
+from ferrum_rt.ipc.messages import Chunks, Submit, WireChunk
 from ferrum_rt.runtime.runtime import Runtime
 from tests.runtime.engines import fake_engine
 
@@ -129,7 +132,7 @@ async def zmq_stream(dealer: Any, ask: Ask) -> AsyncIterator[AsyncIterator[Strea
     yield chunks()
 
 
-# -- the floor ------------------------------------------------------------------------------------------------------------
+# -- the floors -----------------------------------------------------------------------------------------------------------
 
 
 def serve_bare(path: str) -> None:
@@ -144,6 +147,45 @@ def serve_bare(path: str) -> None:
                 connection.sendall(data)
 
 
+class LeastServer(asyncio.Protocol):
+    """Answers each Submit at once with one chunk."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.WriteTransport, transport)
+        self._decoder = client_decoder()
+
+    def data_received(self, data: bytes) -> None:
+        for message in self._decoder.feed(data):
+            assert isinstance(message, Submit)
+            chunk = WireChunk(request_id=message.request_id, text="x", token_ids=[TokenId(1)])
+            self._transport.write(encode(Chunks(chunks=[chunk])))
+
+
+class LeastClient(asyncio.Protocol):
+    """One request at a time."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.WriteTransport, transport)
+        self._decoder = server_decoder()
+
+    def data_received(self, data: bytes) -> None:
+        for message in self._decoder.feed(data):
+            self._answer.set_result(message)
+
+    async def ask(self, submit: Submit) -> None:
+        """Until the chunk is here."""
+        self._answer = asyncio.get_running_loop().create_future()
+        self._transport.write(encode(submit))
+        await self._answer
+
+
+async def serve_least(path: str) -> None:
+    """The protocol's messages and two event loops: no engine, no checks, no flow control."""
+    server = await asyncio.get_running_loop().create_unix_server(LeastServer, path)
+    print("ready", flush=True)
+    await server.serve_forever()
+
+
 async def _main(kind: str, path: str, config: dict[str, Any], fake: dict[str, Any]) -> None:
     async with fake_engine(config, **fake) as (engine, _):
         await {"grpc.aio": serve_grpc, "zmq.asyncio": serve_zmq}[kind](engine, path)
@@ -152,6 +194,8 @@ async def _main(kind: str, path: str, config: dict[str, Any], fake: dict[str, An
 if __name__ == "__main__":
     if sys.argv[1] == "bare":
         serve_bare(sys.argv[2])
+    elif sys.argv[1] == "least":
+        uvloop.run(serve_least(sys.argv[2]))
     else:
         options = json.loads(sys.argv[3])
         uvloop.run(_main(sys.argv[1], sys.argv[2], options.pop("config", {}), options))

@@ -8,8 +8,9 @@ also says what they are spared) are processes of their own, behind Unix sockets.
 requests, in a new order each time, so that noise hits all alike and few requests find a server that has lain idle. First
 token: from the call to the first chunk; per token: from the end of the step, which the executor notes where all processes
 can read it, to the chunk in the reader's hands. Steps take 2 ms: a chunk is then handed out beside the step that follows, as
-with a model, and not in competition with it. Beside them stands what any two processes pay: the round trip of 100 bytes
-through a bare blocking socket, after a pause as long as a step.
+with a model, and not in competition with it. Beside them stands what any two processes pay, after a pause as long as a
+step: the round trip of 100 bytes through a bare blocking socket; and what any two asyncio processes pay that speak this
+protocol: the round trip of a submit and a chunk with nothing behind it.
 
 *Processor time*: of the server's process, in all threads, over the tokens that it streams while so many clients (a client is
 a connection) read so many streams each. One other process, this one, holds all connections and reads as little as it can;
@@ -20,6 +21,7 @@ takes in-process, with as many readers that do nothing. Steps are long enough th
 """
 
 import argparse
+import asyncio
 import json
 import random
 import socket
@@ -42,9 +44,12 @@ import zmq.asyncio
 from bench import _ipc_load
 from bench._common import Spread, finish, machine, progress, quantile, spread, table
 from bench._ipc_load import PROMPT, Load, Sample
-from bench._ipc_peers import Ask, grpc_channel, grpc_method, infer_stream, zmq_dealer, zmq_stream
+from bench._ipc_peers import Ask, LeastClient, grpc_channel, grpc_method, infer_stream, zmq_dealer, zmq_stream
+from ferrum_rt.interfaces.requests import build_request
 from ferrum_rt.interfaces.types import StreamChunk
 from ferrum_rt.ipc.client import connect
+from ferrum_rt.ipc.convert import to_wire
+from ferrum_rt.ipc.messages import Submit
 from tests.fakes.daemon import ROOT, daemon_process
 from tests.fakes.executor import mapped_clock
 from tests.runtime.engines import fake_engine
@@ -218,30 +223,61 @@ def time_round_trip(connection: socket.socket) -> float:
     return time.perf_counter() - began
 
 
-async def measure_latency(repeats: int, requests: int) -> tuple[dict[str, list[Latency]], list[float]]:
-    """Of each contender; and the bare socket's round trip, in microseconds, the median of each repeat."""
+@asynccontextmanager
+async def least_client(path: Path) -> AsyncIterator[LeastClient]:
+    with child("bench._ipc_peers", "least", str(path)) as process:
+        await line_from(process)
+        transport, client = await asyncio.get_running_loop().create_unix_connection(LeastClient, str(path))
+        try:
+            yield client
+        finally:
+            transport.close()
+
+
+async def time_least(client: LeastClient) -> float:
+    """In seconds, from a request that is built, as it is in-process, to its chunk."""
+    request = build_request(PROMPT, {"max_tokens": TOKENS})
+    await anyio.sleep(LATENCY_STEP_S)
+    began = time.perf_counter()
+    await client.ask(Submit(request_id="1", request=to_wire(request), credit=TOKENS))
+    return time.perf_counter() - began
+
+
+class Floors(NamedTuple):
+    """Microseconds, the medians of each repeat."""
+
+    bare: list[float]
+    least: list[float]
+
+
+async def measure_latency(repeats: int, requests: int) -> tuple[dict[str, list[Latency]], Floors]:
+    """Of each contender, and of what is below them all."""
     taken: dict[str, list[Latency]] = {}
-    round_trips: list[float] = []
+    floors = Floors([], [])
     with tempfile.TemporaryDirectory(prefix="ferrum-bench-") as folder:
         directory = Path(folder)
-        async with clients(directory) as contenders, bare_socket(directory / "bare.sock") as bare:
+        bare_path, least_path = directory / "bare.sock", directory / "least.sock"
+        async with clients(directory) as contenders, bare_socket(bare_path) as bare, least_client(least_path) as least:
             for repeat in range(repeats + 1):
                 bare_times: list[float] = []
+                least_times: list[float] = []
                 times: dict[str, list[list[float]]] = {name: [] for name in contenders}
                 for number in range(-(-requests // IN_A_ROW) if repeat else 1):
                     for name, contender in shuffled(contenders, number):
                         times[name] += [await time_request(contender) for _ in range(IN_A_ROW)]
                     bare_times += [1e6 * time_round_trip(bare) for _ in range(IN_A_ROW)]
+                    least_times += [1e6 * await time_least(least) for _ in range(IN_A_ROW)]
                 if not repeat:
                     continue  # it warms up
-                round_trips.append(quantile(bare_times, 0.5))
+                floors.bare.append(quantile(bare_times, 0.5))
+                floors.least.append(quantile(least_times, 0.5))
                 for name, measured in times.items():
                     firsts = [1e6 * gaps[0] for gaps in measured]
                     tokens = [1e6 * gap for gaps in measured for gap in gaps[1:]]
                     figures = (quantile(values, share) for values in (firsts, tokens) for share in (0.5, 0.99))
                     taken.setdefault(name, []).append(Latency(*figures))
                 progress(f"latency, repeat {repeat} of {repeats}: " + _firsts(taken))
-    return taken, round_trips
+    return taken, floors
 
 
 def _firsts(taken: Mapping[str, list[Latency]]) -> str:
@@ -331,7 +367,7 @@ def goals(latency: Mapping[str, Any], rows: list[tuple[Row, dict[str, Any]]]) ->
 
 
 def show(
-    latency: Mapping[str, Any], round_trip: Spread, rows: list[tuple[Row, dict[str, Any]]], met: Mapping[str, bool]
+    latency: Mapping[str, Any], floors: Mapping[str, Spread], rows: list[tuple[Row, dict[str, Any]]], met: Mapping[str, bool]
 ) -> None:
     figures = Latency._fields
     print("Microseconds, one client with one stream at a time; added: over in-process, in the same repeat")
@@ -342,7 +378,10 @@ def show(
         if "added" in found:
             lines.append(["  added", *(found["added"][figure].show(0) for figure in figures)])
     print(table(header, lines))
-    print(f"A bare socket's round trip after such a pause, p50: {round_trip.show(0)}")
+    print(
+        f"After such a pause, p50: a bare socket's round trip {floors['bare'].show(0)}; of the protocol's messages between"
+    )
+    print(f"two event loops with nothing behind them {floors['least'].show(0)}")
     print("\nThe server's processor time per streamed token, and how busy the server and the load were")
     lines = []
     for row, report in rows:
@@ -357,11 +396,11 @@ def show(
 
 
 async def run(args: argparse.Namespace, rows: list[Row], facts: dict[str, Any]) -> None:
-    taken, round_trips = await measure_latency(args.repeats, args.requests)
-    latency, round_trip = latency_report(taken), spread(round_trips)
+    taken, found_floors = await measure_latency(args.repeats, args.requests)
+    latency, floors = latency_report(taken), {name: spread(times) for name, times in found_floors._asdict().items()}
     reports = [(row, row_report(row, await measure_row(row, args.repeats, args.seconds))) for row in rows]
     met = goals(latency, reports)
-    show(latency, round_trip, reports, met)
+    show(latency, floors, reports, met)
     settings = {
         "repeats": args.repeats,
         "requests": args.requests,
@@ -372,7 +411,7 @@ async def run(args: argparse.Namespace, rows: list[Row], facts: dict[str, Any]) 
         "loop": "uvloop",
         **{package: metadata.version(package) for package in ("grpcio", "pyzmq", "msgspec")},
     }
-    results = {"latency_us": latency, "bare_round_trip_us": round_trip}
+    results: dict[str, Any] = {"latency_us": latency, "round_trip_us": floors}
     results |= {"processor_time": [report for _, report in reports], "goals_met": met}
     finish("ipc", facts, settings, results)
 
