@@ -114,7 +114,8 @@ class Bench:
             if step == 1:  # the first one takes the slots over, and warms up
                 self._forward_s = self._sampler_s = 0.0
             decodes = [DecodeInput(slot, CONTEXT + step) for slot in range(self._batch)]
-            output = self._executor.execute(StepInput(assigned if step == 0 else [], [], [], UnifiedBatch(decodes, [])))
+            step_input = StepInput(assigned if step == 0 else [], [], [], UnifiedBatch(decodes, []))
+            output = self._executor.execute(step_input).result()
             assert all(item.sampled.error is None for item in output.decodes)
         return self._forward_s / self._steps, self._sampler_s / self._steps
 

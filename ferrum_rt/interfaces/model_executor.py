@@ -1,6 +1,7 @@
 """Running a model on a batch."""
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Protocol
 
 import msgspec
@@ -106,9 +107,10 @@ class ModelExecutor(Protocol):
     num_slots: int
     num_pages: int
 
-    def execute(self, step: StepInput) -> StepOutput:
-        """Run one step to its end. Raises when the step as a whole failed, but has taken over what changed in the slots
-        even then: the step behind it, planned already, still writes where the slots say."""
+    def execute(self, step: StepInput) -> Future[StepOutput]:
+        """Run one step: to its end, or until a device has all it needs for it and the next may be given. Raises, at once or
+        in the future, when the step as a whole failed, but has taken over what changed in the slots even then: the step
+        behind it, planned already, still writes where the slots say. EngineFailed means that no step will ever run again."""
         ...
 
     def memory_usage(self) -> MemoryUsage: ...

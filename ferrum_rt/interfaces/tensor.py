@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -42,6 +42,18 @@ class KvLayer(Protocol[T]):
     scales: T | None
 
 
+class AttentionKind(NamedTuple):
+    """What layers that attend alike have in common. Scores are multiplied by ``scale`` and then capped to
+    soft_cap * tanh(s / soft_cap); with a ``window`` a token sees itself and the ``window - 1`` before it."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+
+
 class TensorOps(TensorFactory[T], Protocol[T]):
     """The kernels of a decoder. Each writes into the ``out`` it is given and takes its sizes from its arguments' shapes,
     so that a backend can run a call (reference), capture it (CUDA graphs) or record it (a CPU step program).
@@ -53,8 +65,8 @@ class TensorOps(TensorFactory[T], Protocol[T]):
         """Turn weight [out, in] and bias [out] into whatever ``linear`` likes best. Called once, at load."""
         ...
 
-    def plan_attention(self, batch: Any) -> Any:
-        """Everything about attention that is the same in every layer of this step; ``batch`` is a TokenBatch."""
+    def plan_attention(self, batch: Any, kinds: Sequence[AttentionKind]) -> Any:
+        """Everything about attention that is the same in every layer of a kind, in this step; ``batch`` is a TokenBatch."""
         ...
 
     def embed(self, out: T, token_ids: T, table: T, scale: float) -> None:
@@ -86,11 +98,9 @@ class TensorOps(TensorFactory[T], Protocol[T]):
         """Rows ``targets`` [M] of the layer's pages become what rows ``sources`` [M] are."""
         ...
 
-    def attention(
-        self, out: T, q: T, layer: KvLayer[T], plan: Any, *, scale: float, window: int | None, soft_cap: float | None
-    ) -> None:
-        """Causal attention of q [N, heads, dim] over the pages of each sequence, into out [N, heads * dim]. With a
-        window a token sees itself and the ``window - 1`` before it. Scores are capped to soft_cap * tanh(s / soft_cap)."""
+    def attention(self, out: T, q: T, layer: KvLayer[T], plan: Any, kind: AttentionKind) -> None:
+        """Causal attention of q [N, heads, dim] over the pages of each sequence, into out [N, heads * dim]; ``kind`` is one
+        of those that ``plan`` was made for."""
         ...
 
     def gated_activation(self, out: T, gate_up: T, kind: str) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ferrum_rt.interfaces.tensor import KvLayer
+from ferrum_rt.interfaces.tensor import AttentionKind, KvLayer
 from ferrum_rt.kernels.batch import QuerySpan, TokenBatch
 
 QUERY_BLOCK = 256
@@ -85,18 +85,9 @@ def _group(batch: TokenBatch, spans: list[QuerySpan], count: int) -> AttentionGr
     return AttentionGroup(None if is_whole else rows, kv_slots, distance)
 
 
-def attend(
-    out: Tensor,
-    q: Tensor,
-    pages: KvLayer[Tensor],
-    groups: list[AttentionGroup],
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-) -> None:
+def attend(out: Tensor, q: Tensor, pages: KvLayer[Tensor], groups: list[AttentionGroup], kind: AttentionKind) -> None:
     """Attention of q [N, heads, dim] over the pages, into out [N, heads * dim]."""
-    num_heads, head_dim = q.shape[1:]
-    num_kv_heads = pages.data.shape[2]
+    num_heads, num_kv_heads, head_dim = kind.num_heads, kind.num_kv_heads, kind.head_dim
     shared = num_heads // num_kv_heads
     for group in groups:
         sequences, count, length = group.distance.shape
@@ -107,11 +98,11 @@ def attend(
         keys, values = _gather(pages, group.head_rows(num_kv_heads), q.dtype).view(
             2, sequences, num_kv_heads, length, head_dim
         )
-        mask = group.mask(shared, window)
-        if soft_cap is None:
-            result = _attend(queries, keys, values, mask, scale)
+        mask = group.mask(shared, kind.window)
+        if kind.soft_cap is None:
+            result = _attend(queries, keys, values, mask, kind.scale)
         else:
-            result = _soft_capped(queries, keys, values, mask, scale, soft_cap)
+            result = _soft_capped(queries, keys, values, mask, kind.scale, kind.soft_cap)
         result = result.reshape(sequences, num_kv_heads, shared, count, head_dim).permute(0, 3, 1, 2, 4)
         if group.rows is None:
             out.view(result.shape).copy_(result)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ferrum_rt.interfaces.tensor import KvLayer
+from ferrum_rt.interfaces.tensor import AttentionKind, KvLayer
 from ferrum_rt.kernels.attention import append, attend, copy, plan_attention
 from ferrum_rt.kernels.batch import TokenBatch
 
@@ -37,7 +37,7 @@ class ReferenceOps:
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Any:
         return Linear(weight.t(), bias)
 
-    def plan_attention(self, batch: TokenBatch) -> Any:
+    def plan_attention(self, batch: TokenBatch, kinds: Sequence[AttentionKind]) -> Any:
         return plan_attention(batch)
 
     def embed(self, out: Tensor, token_ids: Tensor, table: Tensor, scale: float) -> None:
@@ -79,18 +79,8 @@ class ReferenceOps:
     def copy_kv(self, layer: KvLayer[Tensor], sources: Tensor, targets: Tensor) -> None:
         copy(layer, sources, targets)
 
-    def attention(
-        self,
-        out: Tensor,
-        q: Tensor,
-        layer: KvLayer[Tensor],
-        plan: Any,
-        *,
-        scale: float,
-        window: int | None,
-        soft_cap: float | None,
-    ) -> None:
-        attend(out, q, layer, plan, scale, window, soft_cap)
+    def attention(self, out: Tensor, q: Tensor, layer: KvLayer[Tensor], plan: Any, kind: AttentionKind) -> None:
+        attend(out, q, layer, plan, kind)
 
     def gated_activation(self, out: Tensor, gate_up: Tensor, kind: str) -> None:
         gate, up = gate_up.chunk(2, dim=-1)

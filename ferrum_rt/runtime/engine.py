@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 
 import anyio
 import msgspec
 from anyio.streams.memory import MemoryObjectSendStream
 
-from ferrum_rt.interfaces.errors import BackendError, FerrumError
+from ferrum_rt.interfaces.errors import BackendError, EngineFailed, FerrumError
 from ferrum_rt.interfaces.model_executor import ModelExecutor, StepOutput
 from ferrum_rt.interfaces.scheduler import BatchHint, BatchPlan, Scheduler, SequenceUpdate
 from ferrum_rt.interfaces.types import RequestId
@@ -47,6 +48,7 @@ class EngineLoop:
         self._max_batched_tokens = max_batched_tokens
         self._on_start = on_start
         self._work = anyio.Event()
+        self._last_end = 0.0
 
     def notify(self) -> None:
         """The scheduler has something new to look at."""
@@ -75,16 +77,23 @@ class EngineLoop:
         self.counters.host_s += time.perf_counter() - began
         return _Launched(plan, job)
 
-    def _execute(self, plan: BatchPlan) -> StepOutput:
-        """In the worker thread."""
+    def _execute(self, plan: BatchPlan) -> Future[StepOutput]:
+        """In the worker thread. A step counts from where the one before it ended, if that was later."""
         began = time.perf_counter()
         output = self._executor.execute(plan.step)
-        self.counters.step_s += time.perf_counter() - began
+        output.add_done_callback(lambda _: self._count(began))
         return output
+
+    def _count(self, began: float) -> None:
+        now = time.perf_counter()
+        self.counters.step_s += now - max(began, self._last_end)
+        self._last_end = now
 
     async def _land(self, launched: _Launched) -> None:
         try:
             output = await launched.job.wait()
+        except EngineFailed:
+            raise
         except Exception as error:  # whatever a kernel raises ends the requests of its step, not the engine
             updates = self._scheduler.fail(launched.plan, _as_ferrum_error(error))
         else:

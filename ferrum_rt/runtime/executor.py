@@ -1,5 +1,7 @@
 """The ModelExecutor: slots, pages, the decoder and the sampler, on one thread and one device."""
 
+from concurrent.futures import Future
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from ferrum_rt.interfaces.sampler import Sampler, SamplingContext, TokenScores
 from ferrum_rt.interfaces.types import MemoryUsage, ModelInfo
 from ferrum_rt.kernels.batch import KvPages, QuerySpan, TokenBatch
 from ferrum_rt.runtime.models.decoder import Decoder
+from ferrum_rt.runtime.worker import finished
 
 
 class DecoderExecutor:
@@ -41,12 +44,15 @@ class DecoderExecutor:
         self._last_tokens = decoder.ops.zeros((num_slots,), torch.int64)
 
     @torch.inference_mode()
-    def execute(self, step: StepInput) -> StepOutput:
+    def execute(self, step: StepInput) -> Future[StepOutput]:
         """Run one step to its end."""
+        return finished(self._run(step))
+
+    def _run(self, step: StepInput) -> StepOutput:
         self._take_over(step)
         batch, context = self._batch(step.batch)
         self._sampler.prepare(context)
-        hidden = self._decoder.forward(batch, self._cache)
+        hidden = self._decoder.forward(batch, self._decoder.plan_attention(batch), self._cache)
         spans = batch.spans[len(step.batch.decodes) :]
         scores = [self._score(hidden, item, span) for item, span in zip(step.batch.prefills, spans, strict=True)]
         tokens = self._sampler.sample(self._decoder.logits(hidden, batch.logit_rows), context)

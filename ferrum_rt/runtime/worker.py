@@ -7,8 +7,10 @@ shared worker threads belong to the host, and outlive us.
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from typing import Any, Generic, TypeVar, cast
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -32,30 +34,39 @@ def deep_stacks() -> Iterator[None]:
         threading.stack_size(before)
 
 
-class Job(Generic[T]):
-    """A submitted call; awaiting it gives its result or raises its error."""
+def finished(result: T) -> Future[T]:
+    """A future that has its result."""
+    future: Future[T] = Future()
+    future.set_result(result)
+    return future
 
-    def __init__(self, function: Callable[[], T]) -> None:
+
+class Job(Generic[T]):
+    """A submitted call; awaiting it gives its result or raises its error. It is done when the future is that the call
+    returns, which may be long after the thread went on to the next."""
+
+    def __init__(self, function: Callable[[], Future[T]]) -> None:
         self._function = function
         self._done = anyio.Event()
-        self._result: T | None = None
-        self._error: BaseException | None = None
+        self._future: Future[T]
 
     async def wait(self) -> T:
         await self._done.wait()
-        if self._error is not None:
-            raise self._error
-        return cast(T, self._result)
+        return self._future.result()
 
-    def run(self) -> None:
-        """In the worker thread."""
+    def run(self, on_done: Callable[[], None]) -> None:
+        """In the worker thread; ``on_done`` is called in this one or in the future's."""
         try:
-            self._result = self._function()
+            self._future = self._function()
         except Exception as error:  # whatever it is, it belongs to the one who waits
-            self._error = error
+            self._future = Future()
+            self._future.set_exception(error)
         except BaseException as error:  # a panic of Rust code, say; the loop's thread must not take it for a cancellation
-            self._error = RuntimeError(f"{type(error).__name__}: {error}")
-            self._error.__cause__ = error
+            failure = RuntimeError(f"{type(error).__name__}: {error}")
+            failure.__cause__ = error
+            self._future = Future()
+            self._future.set_exception(failure)
+        self._future.add_done_callback(lambda _: on_done())
 
     def settle(self) -> None:
         """In the event loop's thread."""
@@ -74,14 +85,14 @@ class Worker:
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
-    def submit(self, function: Callable[[], T]) -> Job[T]:
+    def submit(self, function: Callable[[], Future[T]]) -> Job[T]:
         """Queue a call. The caller bounds how many are outstanding."""
         job = Job(function)
         self._queue.put(job)
         return job
 
     async def run(self, function: Callable[[], T]) -> T:
-        return await self.submit(function).wait()
+        return await self.submit(lambda: finished(function())).wait()
 
     async def __aenter__(self) -> "Worker":
         self._token = anyio.lowlevel.current_token()
@@ -102,8 +113,7 @@ class Worker:
     def _main(self) -> None:
         while (job := self._queue.get()) is not None:
             if not self._is_closing:
-                job.run()
-                self._post(job.settle)
+                job.run(partial(self._post, job.settle))
         self._post(self._stopped.set)
 
     def _post(self, function: Callable[[], None]) -> None:

@@ -5,6 +5,7 @@ import gc
 import os
 import socket
 import weakref
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from ferrum_rt.ipc.messages import (
     WireRequest,
     WireSampling,
 )
+from ferrum_rt.runtime.worker import finished
 from tests.daemon.serving import server
 from tests.daemon.test_session import HELLO, Peer, ask, connected
 from tests.fakes.executor import FakeExecutor
@@ -309,14 +311,14 @@ async def test_credit_does_not_overflow(tmp_path: Path) -> None:
 class ScoringExecutor(FakeExecutor):
     """One that scores prompts, with 20 alternatives for each token."""
 
-    def execute(self, step: StepInput) -> StepOutput:
-        output = super().execute(step)
+    def execute(self, step: StepInput) -> Future[StepOutput]:
+        output = super().execute(step).result()
         scores = TokenScores([TokenId(n) for n in range(65, 86)], [-1.0] * 21)
         prefills = [
             PrefillOutput(done.sampled, [scores] * (len(item.token_ids) - (item.token_after is None)))
             for done, item in zip(output.prefills, step.batch.prefills, strict=True)
         ]
-        return StepOutput(output.decodes, prefills)
+        return finished(StepOutput(output.decodes, prefills))
 
 
 async def test_prompt_scores_too_large_for_a_frame_fail_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -33,6 +34,7 @@ from ferrum_rt.interfaces.config import EngineConfig
 from ferrum_rt.interfaces.errors import FerrumError
 from ferrum_rt.interfaces.model_executor import StepInput, StepOutput
 from ferrum_rt.runtime.loader import LoadedModel
+from ferrum_rt.runtime.worker import finished
 from tests.fakes.executor import FakeExecutor, fake_model
 
 ROOT = Path(__file__).parents[2]
@@ -188,9 +190,9 @@ class _BrokenExecutor(FakeExecutor):
         super().__init__(config, **options)
         self._broken_at = broken_at
 
-    def execute(self, step: StepInput) -> StepOutput:
+    def execute(self, step: StepInput) -> Future[StepOutput]:
         output = super().execute(step)
-        return StepOutput([], []) if self.num_steps >= self._broken_at else output
+        return finished(StepOutput([], [])) if self.num_steps >= self._broken_at else output
 
 
 def _main(path: str, options: dict[str, Any]) -> int:

@@ -11,6 +11,7 @@ import mmap
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from ferrum_rt.interfaces.config import EngineConfig
@@ -33,6 +34,7 @@ from ferrum_rt.interfaces.types import (
     Tool,
 )
 from ferrum_rt.runtime.loader import LoadedModel
+from ferrum_rt.runtime.worker import finished
 
 EOS = TokenId(256)
 VOCAB_SIZE = 257
@@ -129,7 +131,7 @@ class FakeExecutor:
             device=Device.CPU,
         )
 
-    def execute(self, step: StepInput) -> StepOutput:
+    def execute(self, step: StepInput) -> Future[StepOutput]:
         self.num_steps += 1
         number = self.num_steps
         if self._on_step is not None:
@@ -160,7 +162,7 @@ class FakeExecutor:
         # Last, so that the step that is already planned behind this one finds its slots where it expects them.
         if number in self.fail_at:
             raise RuntimeError(f"step {number} was told to fail")
-        return StepOutput(decodes, prefills)
+        return finished(StepOutput(decodes, prefills))
 
     def close(self) -> None:
         self.is_closed = True

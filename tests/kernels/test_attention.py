@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ferrum_rt.interfaces.tensor import AttentionKind
 from ferrum_rt.kernels.batch import KvPages, QuerySpan, TokenBatch, allocate_pages
 from ferrum_rt.kernels.reference import ReferenceOps
 
@@ -69,8 +70,8 @@ class Case:
         none = torch.zeros(0, dtype=torch.int64)
         batch = TokenBatch(none, torch.zeros(len(self.q)), none, none, self.spans, self.tables, BLOCK_SIZE)
         out = torch.empty(len(self.q), self.q.shape[1] * self.q.shape[2])
-        plan = ops.plan_attention(batch)
-        ops.attention(out, self.q, self.pages, plan, scale=scale, window=window, soft_cap=soft_cap)
+        kind = AttentionKind(self.q.shape[1], self.k[0].shape[1], self.q.shape[2], scale, window, soft_cap)
+        ops.attention(out, self.q, self.pages, ops.plan_attention(batch, [kind]), kind)
         expected = [
             naive(
                 self.q[span.row : span.row + span.num_tokens].double(),

@@ -62,7 +62,7 @@ def test_logits_equal_transformers(family: Family) -> None:
     """float32 logits are within 1e-4 of transformers' at every position."""
     executor = load_model(build_config(str(family.directory), None, {"dtype": "float32"})).executor
     assert isinstance(executor, DecoderExecutor)
-    prompt = PROMPTS[-1]
+    decoder, prompt = executor._decoder, PROMPTS[-1]
     with torch.inference_mode():
         expected = family.peer(torch.tensor([prompt])).logits[0]
         rows = torch.arange(len(prompt))
@@ -75,7 +75,7 @@ def test_logits_equal_transformers(family: Family) -> None:
             block_tables=torch.arange(64)[None],
             block_size=16,
         )
-        logits = executor._decoder.logits(executor._decoder.forward(batch, executor._cache), rows)
+        logits = decoder.logits(decoder.forward(batch, decoder.plan_attention(batch), executor._cache), rows)
     assert expected.std() > 0.1, "flat logits would prove nothing"
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 

@@ -77,7 +77,7 @@ def first_tokens(model: LoadedModel) -> list[TokenId | None]:
     sampling = SamplingConfig(temperature=0.0)
     slots = [SlotAssignment(slot, RequestId(f"{slot}"), sampling, [2 * slot, 2 * slot + 1]) for slot in range(16)]
     batch = UnifiedBatch([], [PrefillInput(slot, prompt, 0, True) for slot, prompt in enumerate(prompts)])
-    output = model.executor.execute(StepInput(slots, [], [], batch))
+    output = model.executor.execute(StepInput(slots, [], [], batch)).result()
     return [item.sampled.token_id for item in output.prefills if item.sampled is not None]
 
 

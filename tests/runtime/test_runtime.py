@@ -1,6 +1,7 @@
 """The runtime's promises to its callers, over the fake executor."""
 
 import threading
+from concurrent.futures import Future
 
 import anyio
 import pytest
@@ -23,6 +24,7 @@ from ferrum_rt import (
 )
 from ferrum_rt.interfaces.model_executor import StepInput, StepOutput
 from ferrum_rt.runtime.runtime import Runtime
+from ferrum_rt.runtime.worker import finished
 from tests.fakes.executor import EOS, FakeExecutor, expected_tokens, fake_model
 from tests.runtime.engines import fake_engine, text_after, until
 
@@ -329,9 +331,9 @@ async def test_text_that_cannot_be_tokenized_fails_one_request() -> None:
 class ForgetfulExecutor(FakeExecutor):
     """Loses the outputs of its third step."""
 
-    def execute(self, step: StepInput) -> StepOutput:
+    def execute(self, step: StepInput) -> Future[StepOutput]:
         output = super().execute(step)
-        return StepOutput([], []) if self.num_steps == 3 else output
+        return finished(StepOutput([], [])) if self.num_steps == 3 else output
 
 
 async def test_a_fault_of_ours_fails_the_engine_and_not_the_host() -> None:

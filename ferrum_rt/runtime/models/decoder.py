@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ferrum_rt.interfaces.tensor import TensorOps
+from ferrum_rt.interfaces.tensor import AttentionKind, TensorOps
 from ferrum_rt.kernels.batch import KvPages, TokenBatch
 from ferrum_rt.runtime.models.families import DecoderSpec, MoeSpec, Part, decoder_parts, layer_parts
 from ferrum_rt.runtime.models.rope import RopeSpec, cos_sin_table
@@ -39,7 +39,7 @@ class Layer:
     mlp_out_norm: Tensor | None
     qk_norm: Tensor | None
     cos_sin: Tensor
-    window: int | None
+    attention: AttentionKind
 
 
 @dataclass(slots=True)
@@ -79,6 +79,18 @@ def load_weights(
     return Weights(embed, lm_head, norm, layers, loader.num_parameters, loader.num_parameters * dtype.itemsize)
 
 
+def attention_kind(spec: DecoderSpec, layer: int) -> AttentionKind:
+    """How a layer attends."""
+    return AttentionKind(
+        spec.num_heads,
+        spec.num_kv_heads,
+        spec.head_dim,
+        spec.attention_scale,
+        spec.layers[layer].window,
+        spec.attention_soft_cap,
+    )
+
+
 class _Loader:
     """Turns parts of a checkpoint into what the ops want."""
 
@@ -102,7 +114,7 @@ class _Loader:
             mlp_out_norm=self.norm(parts, "mlp_out_norm"),
             qk_norm=self._qk_norm(parts),
             cos_sin=self._cos_sin(spec.rope),
-            window=spec.window,
+            attention=attention_kind(self._spec, index),
         )
 
     def tensor(self, part: Part) -> Tensor:
@@ -167,6 +179,7 @@ class Decoder:
         max_rows: int,
     ) -> None:
         self.spec, self.weights, self.ops = spec, weights, ops
+        self._attention_kinds = list(dict.fromkeys(layer.attention for layer in weights.layers))
         q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         wide = spec.intermediate_size
         self._residual, self._x, self._y = (ops.empty((max_tokens, spec.hidden_size), dtype) for _ in range(3))
@@ -178,12 +191,15 @@ class Decoder:
         self._last = ops.empty((max_rows, spec.hidden_size), dtype)
         self._logits = ops.empty((max_rows, spec.vocab_size), dtype)
 
-    def forward(self, batch: TokenBatch, cache: list[KvPages]) -> Tensor:
+    def plan_attention(self, batch: TokenBatch) -> Any:
+        """What ``forward`` wants to know of the batch's sequences."""
+        return self.ops.plan_attention(batch, self._attention_kinds)
+
+    def forward(self, batch: TokenBatch, plan: Any, cache: list[KvPages]) -> Tensor:
         """What the layers make of the tokens: [N, hidden], valid until the next call. ``cache`` has a KvPages per layer."""
         ops, spec, eps = self.ops, self.spec, self.spec.norm_eps
         num_tokens = len(batch.token_ids)
         residual, x, y = self._residual[:num_tokens], self._x[:num_tokens], self._y[:num_tokens]
-        plan = ops.plan_attention(batch)
 
         ops.embed(residual, batch.token_ids, self.weights.embed, spec.embed_scale)
         for index, layer in enumerate(self.weights.layers):
@@ -220,15 +236,7 @@ class Decoder:
         ops.qk_norm_rope(heads[:, :num_qk], layer.qk_norm, spec.norm_eps, batch.positions, layer.cos_sin)
         kv = heads[:, spec.num_heads :].view(len(qkv), 2, spec.num_kv_heads, spec.head_dim)
         ops.append_kv(pages, kv, batch.kv_slots)
-        ops.attention(
-            attended,
-            heads[:, : spec.num_heads],
-            pages,
-            plan,
-            scale=spec.attention_scale,
-            window=layer.window,
-            soft_cap=spec.attention_soft_cap,
-        )
+        ops.attention(attended, heads[:, : spec.num_heads], pages, plan, layer.attention)
         ops.linear(out, attended, layer.o)
 
     def _mlp(self, out: Tensor, x: Tensor, mlp: DenseMlp | MoeMlp) -> None:
