@@ -40,10 +40,16 @@ RUNTIME_ORDER = (
     ("template_budget", "tracing"),
     ("engine",),
     ("scheduler", "executor"),
-    ("pages", "sequence", "models", "sampler"),
-    ("processors",),
+    ("residents", "waiting", "planned", "trials", "pace", "models", "sampler"),
+    ("clients", "cost_model", "deadlines", "pages", "sequence", "processors"),
 )
-PURE = ("ferrum_rt.runtime.scheduler", "ferrum_rt.runtime.pages", "ferrum_rt.runtime.sequence")
+PURE = tuple(
+    f"ferrum_rt.runtime.{name}"
+    for name in (
+        *("scheduler", "residents", "waiting", "planned", "trials", "pace"),
+        *("clients", "cost_model", "deadlines", "pages", "sequence"),
+    )
+)
 
 
 @cache

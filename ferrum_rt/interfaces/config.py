@@ -34,13 +34,33 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     tokenizer: TokenizerConfig = TokenizerConfig()
 
 
+class ClientPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a client is due: a share by ``weight`` of the tokens, where clients compete. And what it may have: requests under
+    way, tokens of prompts that wait (None: no limit of its own), and of the KV pages a share."""
+
+    weight: float = 1.0
+    max_requests: int | None = None
+    max_queued_tokens: int | None = None
+    max_page_share: float = 1.0
+
+
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How many requests at once. Past ``max_waiting_requests`` a new one is refused with ResourceExhausted. At shutdown
-    those under way have ``drain_s`` seconds to finish."""
+    those under way have ``drain_s`` seconds to finish.
+
+    Beside requests that decode, so much of others' prompts is prefilled that a step takes about ``itl_target_s`` seconds,
+    which is then the time between two tokens; at least ``min_prefill_tokens``. A request that has waited for
+    ``ageing_steps`` steps goes up a priority. ``clients`` are policies by client id, ``default_client`` is the others'.
+    """
 
     max_running_requests: int = 64
     max_waiting_requests: int = 1024
     drain_s: float = 10.0
+    itl_target_s: float = 0.1
+    min_prefill_tokens: int = 64
+    ageing_steps: int = 512
+    default_client: ClientPolicy = ClientPolicy()
+    clients: dict[str, ClientPolicy] = {}
 
 
 class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -127,10 +147,14 @@ _SHORTCUTS = {
     "max_model_len": ("model", "max_model_len"),
     "load_format": ("model", "load_format"),
 }
+# Tables whose keys are the user's.
+_BY_NAME = ("scheduler.clients",)
 _POSITIVE = (
     ("model", "max_model_len"),
     ("scheduler", "max_running_requests"),
     ("scheduler", "max_waiting_requests"),
+    ("scheduler", "min_prefill_tokens"),
+    ("scheduler", "ageing_steps"),
     ("sampling", "max_tokens"),
     ("kv_cache", "block_size"),
     ("kv_cache", "num_pages"),
@@ -208,7 +232,23 @@ def _convert(tree: dict[str, Any]) -> EngineConfig:
         )
     if not 0 <= config.scheduler.drain_s < math.inf:
         raise ConfigError(f"scheduler.drain_s must be a number of seconds, got {config.scheduler.drain_s}")
+    _check_policies(config.scheduler)
     return config
+
+
+def _check_policies(config: SchedulerConfig) -> None:
+    if not config.itl_target_s > 0:
+        raise ConfigError(f"scheduler.itl_target_s must be a number of seconds above 0, got {config.itl_target_s}")
+    policies = {f"clients.{name}": policy for name, policy in config.clients.items()}
+    for name, policy in {"default_client": config.default_client, **policies}.items():
+        if not 0 < policy.weight < math.inf:
+            raise ConfigError(f"scheduler.{name}.weight must be above 0, got {policy.weight}")
+        if not 0 < policy.max_page_share <= 1:
+            raise ConfigError(f"scheduler.{name}.max_page_share must be above 0 and at most 1, got {policy.max_page_share}")
+        for field in ("max_requests", "max_queued_tokens"):
+            value = getattr(policy, field)
+            if value is not None and value < 1:
+                raise ConfigError(f"scheduler.{name}.{field} must be at least 1, got {value}")
 
 
 def check_keys(given: Mapping[str, Any], known: Mapping[str, Any], path: str) -> None:
@@ -218,7 +258,7 @@ def check_keys(given: Mapping[str, Any], known: Mapping[str, Any], path: str) ->
         place = f"{path}.{key}" if path else key
         if key not in known:
             raise ConfigError(_unknown(key, known, place))
-        if isinstance(value, dict) and isinstance(known[key], dict):
+        if isinstance(value, dict) and isinstance(known[key], dict) and place not in _BY_NAME:
             check_keys(value, known[key], place)
 
 

@@ -8,12 +8,13 @@ import msgspec
 from ferrum_rt.interfaces.errors import FerrumError
 from ferrum_rt.interfaces.model_executor import StepInput, StepOutput
 from ferrum_rt.interfaces.sampler import SamplingConfig, TokenScores
-from ferrum_rt.interfaces.types import BatchId, FinishReason, Priority, RequestId, SchedulerStats, TokenId
+from ferrum_rt.interfaces.types import BatchId, ClientId, FinishReason, Priority, RequestId, SchedulerStats, TokenId
 
 
 class SequenceRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A tokenized request, ready to be scheduled: ``num_samples`` sequences that share their prompt. ``deadline`` is on the
-    clock that BatchHint's ``now`` is read from. ``prompt_logprobs`` asks for the scores of the prompt's tokens."""
+    """A tokenized request, ready to be scheduled: ``num_samples`` sequences that share their prompt. ``submitted_at`` and
+    ``deadline`` are on the clock that BatchHint's ``now`` is read from. ``prompt_logprobs`` asks for the scores of the
+    prompt's tokens."""
 
     request_id: RequestId
     token_ids: list[TokenId]
@@ -22,6 +23,8 @@ class SequenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: frozenset[TokenId] = frozenset()
     stop_token_ids: frozenset[TokenId] = frozenset()
     priority: Priority = Priority.NORMAL
+    client_id: ClientId = ClientId("default")
+    submitted_at: float = 0.0
     deadline: float | None = None
     salt: bytes = b""
     num_samples: int = 1
@@ -80,12 +83,13 @@ class Scheduler(Protocol):
         """The next step, or None when there is nothing to compute."""
         ...
 
-    def commit(self, plan: BatchPlan, output: StepOutput) -> list[SequenceUpdate]:
-        """Take over what a step computed; returns what is new for each request."""
+    def commit(self, plan: BatchPlan, output: StepOutput, step_s: float | None = None) -> list[SequenceUpdate]:
+        """Take over what a step computed, and how long it took, if that is known; returns what is new for each request."""
         ...
 
     def fail(self, plan: BatchPlan, error: FerrumError) -> list[SequenceUpdate]:
-        """End every request of a step that could not be run."""
+        """A step could not be run. Its requests are run again in smaller and smaller parts, so that only the one ends that
+        cannot be run by itself either."""
         ...
 
     def expire(self, now: float) -> list[SequenceUpdate]:

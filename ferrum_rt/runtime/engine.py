@@ -24,8 +24,11 @@ class EngineCounters(msgspec.Struct):
 
 
 class _Launched(msgspec.Struct):
+    """A step on its way; ``step_s`` is how long it took, once its job is done."""
+
     plan: BatchPlan
-    job: Job[StepOutput]
+    job: Job[StepOutput] | None = None
+    step_s: float = 0.0
 
 
 class EngineLoop:
@@ -71,25 +74,29 @@ class EngineLoop:
         plan = self._scheduler.plan(BatchHint(now=time.monotonic(), max_tokens=self._max_batched_tokens))
         if plan is None:
             return None
-        job = self._worker.submit(lambda: self._execute(plan))
+        launched = _Launched(plan)
+        launched.job = self._worker.submit(lambda: self._execute(launched))
         for assigned in plan.step.assigned:
             self._on_start(assigned.request_id)
         self.counters.host_s += time.perf_counter() - began
-        return _Launched(plan, job)
+        return launched
 
-    def _execute(self, plan: BatchPlan) -> Future[StepOutput]:
-        """In the worker thread. A step counts from where the one before it ended, if that was later."""
+    def _execute(self, launched: _Launched) -> Future[StepOutput]:
+        """In the worker thread."""
         began = time.perf_counter()
-        output = self._executor.execute(plan.step)
-        output.add_done_callback(lambda _: self._count(began))
+        output = self._executor.execute(launched.plan.step)
+        output.add_done_callback(lambda _: self._count(launched, began))
         return output
 
-    def _count(self, began: float) -> None:
+    def _count(self, launched: _Launched, began: float) -> None:
+        """A step takes from where the one before it ended, if that was after its own beginning."""
         now = time.perf_counter()
-        self.counters.step_s += now - max(began, self._last_end)
+        launched.step_s = now - max(began, self._last_end)
+        self.counters.step_s += launched.step_s
         self._last_end = now
 
     async def _land(self, launched: _Launched) -> None:
+        assert launched.job is not None  # it was launched
         try:
             output = await launched.job.wait()
         except EngineFailed:
@@ -98,7 +105,7 @@ class EngineLoop:
             updates = self._scheduler.fail(launched.plan, _as_ferrum_error(error))
         else:
             began = time.perf_counter()
-            updates = self._scheduler.commit(launched.plan, output)
+            updates = self._scheduler.commit(launched.plan, output, launched.step_s)
             self.counters.host_s += time.perf_counter() - began
         self.counters.steps += 1
         await self._emit(updates)

@@ -132,6 +132,12 @@ class PagedKvCache:
         handle.table.pages = []
         self._check_counts()
 
+    def unpublish(self, handle: KvCacheHandle) -> None:
+        """Nobody is to hit the pages that this handle alone holds."""
+        for page in handle.table.pages:
+            if self._refcounts[page] == 1 and page in self._published:
+                del self._by_digest[self._published.pop(page).digest]
+
     def gc(self) -> int:
         """Evict every cached page; returns how many there were."""
         count = len(self._cached)

@@ -113,6 +113,8 @@ def resolve(
         eos_token_ids=eos,
         stop_token_ids=stop,
         priority=request.priority,
+        client_id=request.client_id,
+        submitted_at=submitted_at,
         deadline=None if request.deadline_s is None else submitted_at + request.deadline_s,
         salt=b"" if config.kv_cache.shared_prefixes else request.client_id.encode(),
         num_samples=params.n,

@@ -119,6 +119,7 @@ class Runtime:
             num_pages=executor.num_pages,
             num_slots=executor.num_slots,
             max_model_len=executor.model_info.max_model_len,
+            config=config.scheduler,
         )
         self._capacity = config.scheduler.max_running_requests + config.scheduler.max_waiting_requests
         self._to_tokenizer, admitted = anyio.create_memory_object_stream[Generation](self._capacity)

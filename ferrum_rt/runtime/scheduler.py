@@ -1,19 +1,24 @@
 """What the next step computes. Synchronous and pure: no clock, no tensor, no await.
 
-There are no prefill and decode phases. Each sequence has a count of computed tokens that catches up with its tokens;
+Decodes come first, then as much of prompts as leaves the decodes their pace; whose prompts those are, waiting.py says. There
+are no prefill and decode phases. Each sequence has a count of computed tokens that catches up with its tokens;
 chunked prefill, decode, prefix hits and recompute after preemption are that one mechanism.
 
 One step may be in flight while the next is planned. Pages can be given away at once all the same, because steps run in
 the order of planning: whatever an earlier step still writes to a page, the new owner's step overwrites later.
 """
 
-import heapq
-from bisect import insort
-from collections import OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 
-from ferrum_rt.interfaces.errors import DeadlineExceeded, EngineFailed, FerrumError, RequestValidationError
+from ferrum_rt.interfaces.config import SchedulerConfig
+from ferrum_rt.interfaces.errors import (
+    DeadlineExceeded,
+    EngineFailed,
+    FerrumError,
+    RequestValidationError,
+    ResourceExhausted,
+)
 from ferrum_rt.interfaces.kv_cache import AllocationRequest, KvCacheHandle
 from ferrum_rt.interfaces.model_executor import (
     DecodeInput,
@@ -29,41 +34,46 @@ from ferrum_rt.interfaces.model_executor import (
 )
 from ferrum_rt.interfaces.sampler import SampledToken, TokenScores
 from ferrum_rt.interfaces.scheduler import BatchHint, BatchPlan, SequenceRequest, SequenceUpdate
-from ferrum_rt.interfaces.types import BatchId, FinishReason, Priority, RequestId, SchedulerStats, TokenId
+from ferrum_rt.interfaces.types import BatchId, ClientId, FinishReason, Priority, RequestId, SchedulerStats, TokenId
+from ferrum_rt.runtime.clients import Clients
+from ferrum_rt.runtime.deadlines import Deadlines
+from ferrum_rt.runtime.pace import Pace
 from ferrum_rt.runtime.pages import PagedKvCache
+from ferrum_rt.runtime.planned import Entry, PlannedStep, work_of
+from ferrum_rt.runtime.residents import Residents
 from ferrum_rt.runtime.sequence import Sequence, SequenceState
+from ferrum_rt.runtime.trials import Trials
+from ferrum_rt.runtime.waiting import WaitingQueue
 
-
-@dataclass(slots=True)
-class _Entry:
-    """One sequence's part in a planned step: when it is committed, the tokens from ``start`` to ``end`` are computed in
-    ``handle``'s pages."""
-
-    sequence: Sequence
-    handle: KvCacheHandle
-    start: int
-    end: int
-    samples: bool
+_MAX_EVICTIONS = 4  # in a step, for the sake of those who wait
 
 
 class UnifiedScheduler:
-    """The Scheduler: most urgent first, decodes before prefill chunks, the least urgent preempted when pages run out."""
+    """The Scheduler."""
 
-    def __init__(self, cache: PagedKvCache, *, num_pages: int, num_slots: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        cache: PagedKvCache,
+        *,
+        num_pages: int,
+        num_slots: int,
+        max_model_len: int,
+        config: SchedulerConfig = SchedulerConfig(),  # noqa: B008 - it is frozen
+    ) -> None:
         self._cache = cache
+        self._pace = Pace(config)
+        self._clients = Clients(config.clients, config.default_client)
         self._num_pages = num_pages
         self._max_model_len = max_model_len
-        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._residents = Residents(cache, self._clients, num_slots=num_slots, num_pages=num_pages)
         self._sequences: dict[RequestId, list[Sequence]] = {}  # the samples of each request that have not ended
-        self._waiting: dict[Priority, OrderedDict[Sequence, None]] = {
-            priority: OrderedDict() for priority in sorted(Priority, reverse=True)
-        }
-        self._running: list[Sequence] = []  # most urgent first
+        self._waiting = WaitingQueue(self._clients, config.ageing_steps)
         self._parked: dict[Sequence, None] = {}
-        self._deadlines: list[tuple[float, int, SequenceRequest]] = []
-        self._in_flight: deque[tuple[BatchId, list[_Entry]]] = deque()
+        self._deadlines = Deadlines(lambda request: bool(self._live(request)))
+        self._in_flight: deque[PlannedStep] = deque()
+        self._trials = Trials()
         self._num_arrivals = 0
-        self._num_batches = 0
+        self._num_batches = self._num_plans = 0
         self._num_preemptions = 0
         self._prompt_tokens = 0
         self._generated_tokens = 0
@@ -74,16 +84,25 @@ class UnifiedScheduler:
         """Queue a request; raises RequestValidationError for one that could never fit, with the numbers."""
         if request.request_id in self._sequences:
             raise RequestValidationError(f"id: a request {request.request_id!r} is already under way")
-        self._check_fits(len(request.token_ids), request.max_tokens)
+        num_prompt = len(request.token_ids)
+        self._check_fits(num_prompt, request.max_tokens)
+        limit = self._clients.policy(request.client_id).max_queued_tokens
+        queued = self._clients.num_queued_tokens(request.client_id) + num_prompt
+        if limit is not None and queued > limit:
+            raise ResourceExhausted(
+                f"with this prompt {queued} tokens of client {request.client_id!r} would wait, and {limit} may",
+                retry_after=self.estimated_wait_s(),
+            )
         samples = [Sequence(request, self._num_arrivals + index, index) for index in range(request.num_samples)]
         self._num_arrivals += len(samples)
-        self._prompt_tokens += len(request.token_ids)
+        self._prompt_tokens += num_prompt
         self._sequences[request.request_id] = samples
+        self._clients.arrive(request.client_id, len(samples))
         for sequence in samples[1:]:
             sequence.state = SequenceState.HELD
-        self._waiting[request.priority][samples[0]] = None
+        self._wait(samples[0])
         if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, samples[0].arrival, request))
+            self._deadlines.add(request.deadline - self._pace.soonest(num_prompt), request)
 
     def cancel(self, request_id: RequestId, index: int | None = None) -> bool:
         """Drop a request, or one of its samples, wherever it is, and free the pages now; False if it is not here (any
@@ -109,16 +128,22 @@ class UnifiedScheduler:
                 if sequence.handle is not None:
                     self._run(sequence)
                 else:
-                    self._wait_in_front(sequence)
+                    self._wait(sequence)
 
     def expire(self, now: float) -> list[SequenceUpdate]:
-        """End the requests whose deadline has passed: with what they have, or with DeadlineExceeded if that is nothing."""
+        """End the requests whose deadline has passed: with what they have, or with DeadlineExceeded if that is nothing; and
+        those that would only have begun when there is no time left for their prompt."""
         updates = []
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, _, request = heapq.heappop(self._deadlines)
+        for due, request in self._deadlines.passed(now):
             samples = self._live(request)
-            if samples and not any(sequence.num_outputs for sequence in samples):
-                updates.append(self._fail(request, DeadlineExceeded("the deadline passed before the first token")))
+            assert request.deadline is not None  # it would not be here
+            if due < request.deadline and samples[0].num_starts:
+                self._deadlines.add(request.deadline, request)
+                continue
+            if not any(sequence.num_outputs for sequence in samples):
+                left = request.deadline - now
+                why = f"{left:.3g} s are left, too little for its prompt" if left > 0 else "it passed before the first token"
+                updates.append(self._fail(request, DeadlineExceeded(f"the deadline cannot be met: {why}")))
                 continue
             for sequence in samples:
                 self._finish(sequence)
@@ -126,17 +151,18 @@ class UnifiedScheduler:
         return updates
 
     def next_deadline(self) -> float | None:
-        """The earliest deadline of a live request."""
-        while self._deadlines:
-            deadline, _, request = self._deadlines[0]
-            if self._live(request):
-                return deadline
-            heapq.heappop(self._deadlines)
-        return None
+        """When ``expire`` has something to do, if nothing happens before."""
+        return self._deadlines.next()
+
+    def estimated_wait_s(self) -> float:
+        """How long those who wait now will keep the engine busy, in seconds; 0 before it has run for a while."""
+        num_tokens = sum(client.num_queued_tokens for _, client in self._clients.items())
+        contexts = [sequence.length for sequence in self._residents.running]
+        return self._pace.wait_s(len(self._waiting), num_tokens, contexts)
 
     def statistics(self) -> SchedulerStats:
         cache = self._cache.statistics()
-        running = {sequence.request.request_id for sequence in self._running}
+        running = {sequence.request.request_id for sequence in self._residents.running}
         parked = {sequence.request.request_id for sequence in self._parked} - running
         return SchedulerStats(
             running=len(running),
@@ -154,12 +180,19 @@ class UnifiedScheduler:
     def plan(self, hint: BatchHint) -> BatchPlan | None:
         """The next step, or None when there is nothing to compute."""
         step = StepInput([], [], [], UnifiedBatch([], []))
-        entries: list[_Entry] = []
-        preemptions = self._num_preemptions
-        budget = hint.max_tokens - self._plan_decodes(step, entries)
-        budget -= self._plan_prefills(step, entries, budget)
-        if self._num_preemptions == preemptions:  # else what was freed is owed to those who run
-            self._admit(step, entries, budget)
+        entries: list[Entry] = []
+        self._num_plans += 1
+        self._waiting.age(self._num_plans)
+        if self._trials:
+            self._plan_trial(step, entries, hint.max_tokens)
+        else:
+            self._make_way()
+            preemptions = self._num_preemptions
+            self._plan_decodes(step, entries)
+            may_admit = self._num_preemptions == preemptions  # else what was freed is owed to those who run
+            self._plan_prompts(
+                step, entries, self._pace.prefill_budget(hint.max_tokens, work_of(entries)), may_admit=may_admit
+            )
         for entry in entries:
             if entry.samples:
                 self._release_samples(entry.sequence)
@@ -167,19 +200,22 @@ class UnifiedScheduler:
             return None
         self._num_batches += 1
         batch_id = BatchId(self._num_batches)
-        self._in_flight.append((batch_id, entries))
+        self._in_flight.append(PlannedStep(batch_id, entries, work_of(entries)))
         return BatchPlan(batch_id=batch_id, step=step)
 
-    def commit(self, plan: BatchPlan, output: StepOutput) -> list[SequenceUpdate]:
+    def commit(self, plan: BatchPlan, output: StepOutput, step_s: float | None = None) -> list[SequenceUpdate]:
         """Take over what a step computed. Only now are its pages published."""
-        entries = self._landed(plan)
+        planned = self._landed(plan)
         outputs: list[DecodeOutput | PrefillOutput] = [*output.decodes, *output.prefills]
-        if len(entries) != len(outputs):
-            raise EngineFailed(f"the executor returned {len(outputs)} outputs for {len(entries)} inputs")
+        if len(planned.entries) != len(outputs):
+            raise EngineFailed(f"the executor returned {len(outputs)} outputs for {len(planned.entries)} inputs")
+        if step_s is not None:
+            self._pace.observe(planned.work, step_s)
         updates = []
-        for entry, item in zip(entries, outputs, strict=True):
+        served: Counter[tuple[Priority, ClientId]] = Counter()
+        for entry, item in zip(planned.entries, outputs, strict=True):
             sequence, sampled = entry.sequence, item.sampled
-            if sequence.state is SequenceState.FINISHED:
+            if entry.is_lost:
                 continue  # cancelled, or it ended one step ago: this token is the one that was computed ahead
             if sampled is not None and sampled.error is not None:
                 updates.append(self._fail(sequence.request, sampled.error))
@@ -188,23 +224,49 @@ class UnifiedScheduler:
                 self._cache.publish(entry.handle, sequence.tokens, entry.end)
             prompt_scores = self._take_scores(entry, item) if isinstance(item, PrefillOutput) else ()
             if entry.samples and sampled is not None and sampled.token_id is not None:
+                served[sequence.priority, sequence.request.client_id] += 1
                 updates.append(self._append(sequence, sampled.token_id, sampled, prompt_scores))
             elif prompt_scores:
                 updates.append(_update(sequence, prompt_scores=prompt_scores))
+        for (priority, client_id), count in served.items():
+            self._waiting.serve(priority, client_id, num_outputs=count)
         return updates
 
     def fail(self, plan: BatchPlan, error: FerrumError) -> list[SequenceUpdate]:
-        """End every request of a step that could not be run."""
-        return [
-            self._fail(entry.sequence.request, error)
-            for entry in self._landed(plan)
-            if entry.sequence.state is not SequenceState.FINISHED
-        ]
+        """A step could not be run. A request that was in it alone is the cause, and ends; several are computed again, in two
+        parts, and so on until it is found: what others generate is what it would have been."""
+        entries = [entry for entry in self._landed(plan).entries if not entry.is_lost]
+        requests = {entry.sequence.request.request_id: entry.sequence.request for entry in entries}
+        if len(requests) < 2:
+            return [self._fail(request, error) for request in requests.values()]
+        suspects = []
+        for request_id in requests:
+            for sequence in self._sequences[request_id]:  # those that share its pages have them from this step too
+                if self._take_back(sequence):
+                    suspects.append(sequence)
+        self._trials.split(suspects)
+        return []
 
     # -- planning -----------------------------------------------------------------------------------------------------
 
-    def _plan_decodes(self, step: StepInput, entries: list[_Entry]) -> int:
-        for sequence in list(self._running):
+    def _make_way(self) -> None:
+        """Take slots and pages from those who have more than they are entitled to, if somebody waits who has less. Before
+        anything is planned: what a step computes it must still have pages for."""
+        for _ in range(_MAX_EVICTIONS):
+            first = self._waiting.first()
+            if first is None or self._residents.would_take_too_much(first):
+                return
+            if self._residents.has_room_for(first):
+                return
+            if self._preempt_parked():
+                continue
+            victim = self._residents.less_entitled(first)
+            if victim is None:
+                return
+            self._preempt(victim)
+
+    def _plan_decodes(self, step: StepInput, entries: list[Entry]) -> None:
+        for sequence in list(self._residents.running):
             if sequence.state is not SequenceState.RUNNING:
                 continue  # preempted for a more urgent one, earlier in this loop
             if not sequence.is_decoding or sequence.is_fully_planned:
@@ -216,33 +278,59 @@ class UnifiedScheduler:
             step.batch.decodes.append(DecodeInput(sequence.slot, position))
             sequence.num_planned = position + 1
             sequence.num_pending += 1
-            entries.append(_Entry(sequence, handle, position, position + 1, True))
-        return len(entries)
+            entries.append(Entry(sequence, handle, position, position + 1, True, sequence.num_retries))
 
-    def _plan_prefills(self, step: StepInput, entries: list[_Entry], budget: int) -> int:
-        spent = 0
-        for sequence in self._running:
-            if spent < budget and sequence.num_planned < sequence.prefill_length:
-                spent += self._plan_chunk(sequence, step, entries, budget - spent)
-        return spent
-
-    def _admit(self, step: StepInput, entries: list[_Entry], budget: int) -> None:
-        while budget > 0 and (sequence := self._next_waiting()) is not None:
-            request = sequence.request
-            handle = self._claim_pages(sequence, step, entries) if self._free_slots else None
-            if handle is None:
-                if self._preempt_parked():
-                    continue
+    def _plan_prompts(self, step: StepInput, entries: list[Entry], budget: int, *, may_admit: bool) -> None:
+        """Chunks of prompts that were begun, and of new ones, in the order of their standing."""
+        begun = [sequence for sequence in self._residents.running if sequence.num_planned < sequence.prefill_length]
+        begun.sort(key=self._waiting.standing, reverse=True)
+        without = set[ClientId]()
+        while budget > 0:
+            first = self._waiting.first(without) if may_admit else None
+            if begun and (first is None or self._waiting.standing(begun[-1]) < self._waiting.standing(first)):
+                sequence = begun.pop()
+                if sequence.handle is not None:  # not preempted for one that was admitted
+                    budget -= self._plan_chunk(sequence, step, entries, budget)
+            elif first is None:
                 return
-            del self._waiting[request.priority][sequence]
-            slot = self._free_slots.pop()
-            sequence.start(slot, handle)
-            self._run(sequence)
-            pages = list(handle.table.pages)
-            step.assigned.append(SlotAssignment(slot, request.request_id, sequence.sampling, pages, sequence.history))
-            budget -= self._plan_chunk(sequence, step, entries, budget)
+            elif first.num_pending or self._residents.would_take_too_much(first):
+                without.add(first.request.client_id)  # a pending token is that of one preempted just now
+            elif self._admit(first, step, entries):
+                budget -= self._plan_chunk(first, step, entries, budget)
+            else:
+                may_admit = False
 
-    def _claim_pages(self, sequence: Sequence, step: StepInput, entries: list[_Entry]) -> KvCacheHandle | None:
+    def _admit(self, sequence: Sequence, step: StepInput, entries: list[Entry]) -> bool:
+        """Give it a slot and pages, if there are any."""
+        handle = None
+        while handle is None:
+            handle = self._claim_pages(sequence, step, entries) if self._residents.has_free_slot else None
+            if handle is None and not self._preempt_parked():
+                return False
+        request = sequence.request
+        self._waiting.admit(sequence)
+        self._clients[request.client_id].num_queued_tokens -= len(request.token_ids)
+        slot = self._residents.settle(sequence, handle)
+        self._run(sequence)
+        pages = list(handle.table.pages)
+        step.assigned.append(SlotAssignment(slot, request.request_id, sequence.sampling, pages, sequence.history))
+        return True
+
+    def _plan_trial(self, step: StepInput, entries: list[Entry], budget: int) -> None:
+        """Suspects alone, and one step at a time."""
+        if self._in_flight:
+            return
+        members = self._trials.current()
+        for sequence in members:
+            while sequence.state is SequenceState.WAITING and not self._admit(sequence, step, entries):
+                others = [other for other in self._residents.running if other not in members]
+                if not others:
+                    return
+                self._preempt(others[-1])
+            if budget > 0:
+                budget -= self._plan_chunk(sequence, step, entries, budget)
+
+    def _claim_pages(self, sequence: Sequence, step: StepInput, entries: list[Entry]) -> KvCacheHandle | None:
         """Those of another sample that has computed the prompt in an earlier step, all but its last token, whose logits are
         wanted; else what the prefix cache has, and new ones."""
         request, num_prompt = sequence.request, len(sequence.request.token_ids)
@@ -274,9 +362,9 @@ class UnifiedScheduler:
         """The prompt of ``first`` is computed by the step just planned; from the next on its siblings can share it."""
         for sequence in reversed(self._sequences[first.request.request_id]):
             if sequence.state is SequenceState.HELD:
-                self._wait_in_front(sequence)
+                self._wait(sequence)
 
-    def _plan_chunk(self, sequence: Sequence, step: StepInput, entries: list[_Entry], budget: int) -> int:
+    def _plan_chunk(self, sequence: Sequence, step: StepInput, entries: list[Entry], budget: int) -> int:
         start = sequence.num_planned
         end = min(start + budget, sequence.prefill_length)
         samples = end == sequence.prefill_length
@@ -290,7 +378,7 @@ class UnifiedScheduler:
         step.batch.prefills.append(item)
         sequence.num_planned = end
         sequence.num_pending += samples
-        entries.append(_Entry(sequence, handle, start, end, samples))
+        entries.append(Entry(sequence, handle, start, end, samples, sequence.num_retries))
         return end - start
 
     def _make_room(self, sequence: Sequence, step: StepInput) -> KvCacheHandle | None:
@@ -298,27 +386,41 @@ class UnifiedScheduler:
         while (handle := sequence.handle) is not None:
             pages = handle.table.pages
             known = len(pages)
-            if self._cache.extend(handle, sequence.num_planned + 1):
+            if self._residents.grow(sequence, handle, sequence.num_planned + 1):
                 if len(pages) > known and sequence.slot is not None:
                     step.appended.append(PageAppend(sequence.slot, known, pages[known]))
                 return handle
             if not self._preempt_parked():
-                self._preempt(self._running[-1])
+                self._preempt(self._residents.running[-1])
         return None
 
     def _preempt_parked(self) -> bool:
         for sequence in self._parked:
             if sequence.handle is not None:
-                self._release(sequence)
+                self._residents.release(sequence)
                 self._num_preemptions += 1
                 return True
         return False
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._running.remove(sequence)
-        self._release(sequence)
-        self._wait_in_front(sequence)
+        self._residents.running.remove(sequence)
+        self._residents.release(sequence)
+        self._wait(sequence)
         self._num_preemptions += 1
+
+    def _take_back(self, sequence: Sequence) -> bool:
+        """What steps that have not landed compute for it does not count; False if it had nothing of them."""
+        if sequence.handle is None and not sequence.num_pending:
+            return False
+        if sequence.state is SequenceState.RUNNING:
+            self._residents.running.remove(sequence)
+            self._residents.release(sequence)
+            self._wait(sequence)
+        else:
+            self._residents.release(sequence)
+        sequence.num_pending = 0
+        sequence.num_retries += 1
+        return sequence.state is SequenceState.WAITING
 
     # -- bookkeeping --------------------------------------------------------------------------------------------------
 
@@ -337,34 +439,27 @@ class UnifiedScheduler:
                 f"tokens, and the engine has {self._num_pages}; raise kv_cache.num_pages or ask for less"
             )
 
-    def _next_waiting(self) -> Sequence | None:
-        for queue in self._waiting.values():
-            if queue:
-                return next(iter(queue))
-        return None
-
-    def _wait_in_front(self, sequence: Sequence) -> None:
+    def _wait(self, sequence: Sequence) -> None:
         sequence.state = SequenceState.WAITING
-        queue = self._waiting[sequence.request.priority]
-        queue[sequence] = None
-        queue.move_to_end(sequence, last=False)
+        self._waiting.push(sequence, self._num_plans)
+        self._clients[sequence.request.client_id].num_queued_tokens += len(sequence.request.token_ids)
 
     def _run(self, sequence: Sequence) -> None:
         sequence.state = SequenceState.RUNNING
-        insort(self._running, sequence, key=lambda other: other.urgency)
+        self._residents.join(sequence)
 
-    def _landed(self, plan: BatchPlan) -> list[_Entry]:
-        batch_id, entries = self._in_flight.popleft()
-        if batch_id != plan.batch_id:
-            raise EngineFailed(f"step {plan.batch_id} was returned before step {batch_id}")
-        return entries
+    def _landed(self, plan: BatchPlan) -> PlannedStep:
+        planned = self._in_flight.popleft()
+        if planned.batch_id != plan.batch_id:
+            raise EngineFailed(f"step {plan.batch_id} was returned before step {planned.batch_id}")
+        return planned
 
     def _live(self, request: SequenceRequest) -> list[Sequence]:
         """The request's samples that have not ended."""
         samples = self._sequences.get(request.request_id, [])
         return list(samples) if samples and samples[0].request is request else []
 
-    def _take_scores(self, entry: _Entry, output: PrefillOutput) -> Items[TokenScores]:
+    def _take_scores(self, entry: Entry, output: PrefillOutput) -> Items[TokenScores]:
         """Scores of prompt tokens that were not scored before: a prefill may have been cut short and done again."""
         sequence, start = entry.sequence, entry.start
         fresh = output.scores[max(0, sequence.num_scored - start) :]
@@ -394,40 +489,39 @@ class UnifiedScheduler:
         elif sequence.num_outputs >= request.max_tokens:
             update.finish_reason = FinishReason.LENGTH
         if update.finish_reason is not None:
+            self._pace.ended(sequence.num_outputs)
             self._finish(sequence)
         return update
 
     def _fail(self, request: SequenceRequest, error: FerrumError) -> SequenceUpdate:
         """End a request with all its samples."""
         for sequence in self._live(request):
+            if sequence.handle is not None:
+                self._cache.unpublish(sequence.handle)  # whatever made it fail may have been in them
             self._finish(sequence)
         return SequenceUpdate(request_id=request.request_id, token_ids=[], error=error)
 
     def _finish(self, sequence: Sequence) -> None:
         self._leave_queue(sequence)
-        if sequence.handle is not None:
-            self._release(sequence)
+        self._residents.release(sequence)
         sequence.state = SequenceState.FINISHED
+        self._clients.leave(sequence.request.client_id)
         samples = self._sequences[sequence.request.request_id]
         samples.remove(sequence)
         if not samples:
             del self._sequences[sequence.request.request_id]
+        if not self._sequences:
+            self._waiting.forget()
 
     def _leave_queue(self, sequence: Sequence) -> None:
         match sequence.state:
             case SequenceState.RUNNING:
-                self._running.remove(sequence)
+                self._residents.running.remove(sequence)
             case SequenceState.WAITING:
-                del self._waiting[sequence.request.priority][sequence]
+                self._waiting.remove(sequence)
+                self._clients[sequence.request.client_id].num_queued_tokens -= len(sequence.request.token_ids)
             case SequenceState.PARKED:
                 del self._parked[sequence]
-
-    def _release(self, sequence: Sequence) -> None:
-        """Give back slot and pages."""
-        if sequence.handle is not None and sequence.slot is not None:
-            self._cache.deallocate(sequence.handle)
-            self._free_slots.append(sequence.slot)
-            sequence.stop()
 
 
 def _update(

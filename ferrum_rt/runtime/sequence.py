@@ -8,7 +8,7 @@ import msgspec
 from ferrum_rt.interfaces.kv_cache import KvCacheHandle
 from ferrum_rt.interfaces.sampler import SamplingConfig, SequenceHistory
 from ferrum_rt.interfaces.scheduler import SequenceRequest
-from ferrum_rt.interfaces.types import TokenId
+from ferrum_rt.interfaces.types import Priority, TokenId
 
 
 class SequenceState(enum.Enum):
@@ -27,18 +27,22 @@ class Sequence:
     """``tokens`` are all that are known. Beyond them, ``num_pending`` (0 or 1) has been sampled by a step that is not
     committed yet. ``num_planned`` tokens have their K/V written once every planned step has run. ``prefill_length`` tokens
     were known when it got its slot, and so must be sent to the executor; it samples the later ones itself. Of the prompt,
-    ``num_scored`` tokens after the first have been scored.
+    ``num_scored`` tokens after the first have been scored. ``priority`` is the request's, or a higher one for which it has
+    waited. It got a slot ``num_starts`` times, and was in ``num_retries`` steps that failed.
     """
 
     request: SequenceRequest
     arrival: int
     index: int = 0
     tokens: list[TokenId] = field(init=False)
+    priority: Priority = field(init=False)
     state: SequenceState = SequenceState.WAITING
     slot: int | None = None
     handle: KvCacheHandle | None = None
     num_planned: int = 0
     num_pending: int = 0
+    num_starts: int = 0
+    num_retries: int = 0
     num_cached_tokens: int = 0
     prefill_length: int = 0
     num_scored: int = 0
@@ -46,11 +50,12 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.token_ids)
+        self.priority = self.request.priority
 
     @property
     def urgency(self) -> tuple[int, int]:
         """Sorts the most urgent first."""
-        return (-self.request.priority, self.arrival)
+        return (-self.priority, self.arrival)
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -94,6 +99,7 @@ class Sequence:
     def start(self, slot: int, handle: KvCacheHandle) -> None:
         """Take a slot and pages; what the pages already hold need not be computed."""
         self.slot, self.handle = slot, handle
+        self.num_starts += 1
         self.num_planned = handle.num_cached_tokens
         self.prefill_length = len(self.tokens)
 

@@ -140,6 +140,8 @@ def test_wrong_type(fields: dict[str, Any], path: str) -> None:
         "model.max_model_len",
         "scheduler.max_running_requests",
         "scheduler.max_waiting_requests",
+        "scheduler.min_prefill_tokens",
+        "scheduler.ageing_steps",
         "sampling.max_tokens",
         "kv_cache.block_size",
         "kv_cache.num_pages",

@@ -1,0 +1,72 @@
+"""What each client has under way, for its limits and its share of the slots."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ferrum_rt.interfaces.config import ClientPolicy
+from ferrum_rt.interfaces.types import ClientId
+
+
+@dataclass(slots=True)
+class ClientState:
+    """Sequences that are alive, those of them that run, the pages these hold, and the tokens of prompts that wait."""
+
+    policy: ClientPolicy
+    num_live: int = 0
+    num_running: int = 0
+    num_pages: int = 0
+    num_queued_tokens: int = 0
+
+
+class Clients:
+    """Those with something under way, by id."""
+
+    def __init__(self, policies: Mapping[str, ClientPolicy], default: ClientPolicy) -> None:
+        self._policies, self._default = policies, default
+        self._states: dict[ClientId, ClientState] = {}
+        self._total_weight = 0.0
+
+    def __getitem__(self, client_id: ClientId) -> ClientState:
+        return self._states[client_id]
+
+    def __contains__(self, client_id: object) -> bool:
+        return client_id in self._states
+
+    def items(self) -> Iterable[tuple[ClientId, ClientState]]:
+        return self._states.items()
+
+    def policy(self, client_id: ClientId) -> ClientPolicy:
+        """What holds for a client, whether it is here or not."""
+        return self._policies.get(client_id, self._default)
+
+    def num_queued_tokens(self, client_id: ClientId) -> int:
+        """Of prompts that wait."""
+        state = self._states.get(client_id)
+        return 0 if state is None else state.num_queued_tokens
+
+    def arrive(self, client_id: ClientId, num_sequences: int) -> None:
+        """So many more of its sequences are alive."""
+        state = self._states.get(client_id)
+        if state is None:
+            state = self._states[client_id] = ClientState(self.policy(client_id))
+            self._total_weight += state.policy.weight
+        state.num_live += num_sequences
+
+    def leave(self, client_id: ClientId) -> None:
+        """One of them has ended."""
+        state = self._states[client_id]
+        state.num_live -= 1
+        if not state.num_live:
+            del self._states[client_id]
+            self._total_weight = self._total_weight - state.policy.weight if self._states else 0.0
+
+    def share(self, client_id: ClientId, total: int) -> float:
+        """What of ``total`` is this client's, by weight, among those who are here."""
+        return total * self._states[client_id].policy.weight / self._total_weight
+
+    def reconfigure(self, policies: Mapping[str, ClientPolicy], default: ClientPolicy) -> None:
+        """From now on."""
+        self._policies, self._default = policies, default
+        for client_id, state in self._states.items():
+            state.policy = self.policy(client_id)
+        self._total_weight = sum(state.policy.weight for state in self._states.values())
