@@ -381,6 +381,31 @@ class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
     pages: PageCounts
 
 
+class ClientDiagnostics(msgspec.Struct, frozen=True, kw_only=True):
+    """What one client has in the scheduler: sequences that are alive, those of them that wait and those that have a slot,
+    the pages these hold, the tokens of prompts that wait. ``served`` is weighted tokens of service by priority, where
+    clients compete."""
+
+    num_live: int
+    num_waiting: int
+    num_running: int
+    num_pages: int
+    num_queued_tokens: int
+    served: dict[str, float]
+
+
+class SchedulerDiagnostics(msgspec.Struct, frozen=True, kw_only=True):
+    """Why the scheduler does what it does. A step is expected to take ``step_cost``: seconds for itself, per token, per
+    sequence, and per token of context; those who wait keep the engine busy for ``estimated_wait_s``. ``on_trial`` requests
+    run alone, to find which of them makes steps fail."""
+
+    clients: dict[ClientId, ClientDiagnostics]
+    waiting: dict[str, int]
+    step_cost: tuple[float, float, float, float]
+    estimated_wait_s: float
+    on_trial: list[RequestId]
+
+
 class EngineMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """Counters since the start. ``step_s`` is time in the executor, ``host_s`` time spent planning and committing."""
 

@@ -2,12 +2,14 @@
 
 from typing import NamedTuple
 
-_FORGET = 0.995  # what an observation still counts for after another: those of about the last 200 steps matter
+_FORGET = 0.99  # what an observation still counts for after another: those of about the last 100 steps matter
 _SOLVE_EVERY = 16
 _MIN_OBSERVATIONS = 16
 _OUTLIER = 4.0  # times what was predicted: the host has slept, or somebody compiled a kernel
 _MAX_OUTLIERS = 8  # in a row; then it is the machine that has changed
 _RIDGE = 1e-6
+# Units in which the shares of a step's time are alike, for the sake of the arithmetic.
+_TOKENS, _SEQUENCES, _CONTEXT = 64, 16, 4096
 
 
 class StepWork(NamedTuple):
@@ -19,8 +21,8 @@ class StepWork(NamedTuple):
 
     @property
     def features(self) -> tuple[float, float, float, float]:
-        """In units that make their shares of a step's time alike, for the sake of the arithmetic."""
-        return (1.0, self.num_tokens / 64, self.num_sequences / 16, self.num_context / 4096)
+        """For the least squares."""
+        return (1.0, self.num_tokens / _TOKENS, self.num_sequences / _SEQUENCES, self.num_context / _CONTEXT)
 
 
 class CostModel:
@@ -36,6 +38,12 @@ class CostModel:
     @property
     def is_fitted(self) -> bool:
         return self._num_observed >= _MIN_OBSERVATIONS
+
+    @property
+    def per_unit(self) -> tuple[float, float, float, float]:
+        """Seconds for a step, and per token, sequence and token of context in it."""
+        base, tokens, sequences, context = self.coefficients
+        return (base, tokens / _TOKENS, sequences / _SEQUENCES, context / _CONTEXT)
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """A step has taken so long."""
@@ -58,7 +66,7 @@ class CostModel:
 
     def tokens_within(self, seconds: float, work: StepWork) -> int:
         """How many tokens may join a step with this work so that it takes no longer; at most 2**31."""
-        per_token = self.coefficients[1] / 64
+        per_token = self.per_unit[1]
         room = seconds - self.predict(work)
         if per_token <= 0 or room > per_token * 2**31:
             return 2**31

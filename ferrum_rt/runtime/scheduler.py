@@ -34,7 +34,17 @@ from ferrum_rt.interfaces.model_executor import (
 )
 from ferrum_rt.interfaces.sampler import SampledToken, TokenScores
 from ferrum_rt.interfaces.scheduler import BatchHint, BatchPlan, SequenceRequest, SequenceUpdate
-from ferrum_rt.interfaces.types import BatchId, ClientId, FinishReason, Priority, RequestId, SchedulerStats, TokenId
+from ferrum_rt.interfaces.types import (
+    BatchId,
+    ClientDiagnostics,
+    ClientId,
+    FinishReason,
+    Priority,
+    RequestId,
+    SchedulerDiagnostics,
+    SchedulerStats,
+    TokenId,
+)
 from ferrum_rt.runtime.clients import Clients
 from ferrum_rt.runtime.deadlines import Deadlines
 from ferrum_rt.runtime.pace import Pace
@@ -160,6 +170,29 @@ class UnifiedScheduler:
         contexts = [sequence.length for sequence in self._residents.running]
         return self._pace.wait_s(len(self._waiting), num_tokens, contexts)
 
+    def diagnostics(self) -> SchedulerDiagnostics:
+        """In time linear in what is alive."""
+        waiting = Counter(sequence.request.client_id for sequence in self._waiting)
+        served = self._waiting.counters()
+        clients = {
+            client_id: ClientDiagnostics(
+                num_live=client.num_live,
+                num_waiting=waiting[client_id],
+                num_running=client.num_running,
+                num_pages=client.num_pages,
+                num_queued_tokens=client.num_queued_tokens,
+                served={priority.name.lower(): own[client_id] for priority, own in served.items() if client_id in own},
+            )
+            for client_id, client in self._clients.items()
+        }
+        return SchedulerDiagnostics(
+            clients=clients,
+            waiting={priority.name.lower(): count for priority, count in self._waiting.counts().items()},
+            step_cost=self._pace.costs.per_unit,
+            estimated_wait_s=self.estimated_wait_s(),
+            on_trial=list(dict.fromkeys(sequence.request.request_id for sequence in self._trials.current())),
+        )
+
     def statistics(self) -> SchedulerStats:
         cache = self._cache.statistics()
         running = {sequence.request.request_id for sequence in self._residents.running}
@@ -235,12 +268,12 @@ class UnifiedScheduler:
     def fail(self, plan: BatchPlan, error: FerrumError) -> list[SequenceUpdate]:
         """A step could not be run. A request that was in it alone is the cause, and ends; several are computed again, in two
         parts, and so on until it is found: what others generate is what it would have been."""
-        entries = [entry for entry in self._landed(plan).entries if not entry.is_lost]
-        requests = {entry.sequence.request.request_id: entry.sequence.request for entry in entries}
-        if len(requests) < 2:
-            return [self._fail(request, error) for request in requests.values()]
+        entries = self._landed(plan).entries
+        alive = dict.fromkeys(entry.sequence.request.request_id for entry in entries if not entry.is_lost)
+        if len({entry.sequence.request.request_id for entry in entries}) == 1:
+            return [self._fail(self._sequences[request_id][0].request, error) for request_id in alive]
         suspects = []
-        for request_id in requests:
+        for request_id in alive:
             for sequence in self._sequences[request_id]:  # those that share its pages have them from this step too
                 if self._take_back(sequence):
                     suspects.append(sequence)

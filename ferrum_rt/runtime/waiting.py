@@ -134,6 +134,10 @@ class WaitingQueue:
         weight = self._clients.policy(client_id).weight
         self._classes[priority].serve(client_id, (INPUT_WEIGHT * num_inputs + OUTPUT_WEIGHT * num_outputs) / weight)
 
+    def counts(self) -> dict[Priority, int]:
+        """How many wait in each class."""
+        return {priority: len(own.since) for priority, own in self._classes.items()}
+
     def counters(self) -> dict[Priority, dict[ClientId, float]]:
         """Weighted tokens of service, of the clients that were served lately."""
         return {priority: dict(own.counters) for priority, own in self._classes.items() if own.counters}
