@@ -37,17 +37,18 @@ RUNTIME_ORDER = (
     ("tokenizer", "grammar"),
     ("chat_template", "special_tokens", "detokenizer", "tool_calls", "grammar_limits"),
     ("template_guard", "token_bytes"),
-    ("template_budget", "tracing"),
+    ("template_budget", "tracing", "admission"),
     ("engine",),
     ("scheduler", "executor"),
-    ("residents", "waiting", "planned", "trials", "pace", "models", "sampler"),
+    ("scheduler_reports",),
+    ("residents", "waiting", "planned", "trials", "saved_state", "pace", "models", "sampler"),
     ("clients", "cost_model", "deadlines", "pages", "sequence", "processors"),
 )
 PURE = tuple(
     f"ferrum_rt.runtime.{name}"
     for name in (
         *("scheduler", "residents", "waiting", "planned", "trials", "pace"),
-        *("clients", "cost_model", "deadlines", "pages", "sequence"),
+        *("saved_state", "scheduler_reports", "clients", "cost_model", "deadlines", "pages", "sequence"),
     )
 )
 

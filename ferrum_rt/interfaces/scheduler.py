@@ -31,6 +31,30 @@ class SequenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
 
 
+class SavedRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request as it stood: what each of its samples that had not ended had generated, by the sample's index. Times are
+    seconds from when the state was saved: negative is before."""
+
+    request_id: RequestId
+    token_ids: list[TokenId]
+    outputs: dict[int, list[TokenId]]
+    max_tokens: int
+    num_samples: int
+    priority: Priority
+    client_id: ClientId
+    submitted_s: float
+    deadline_s: float | None
+    is_parked: bool
+
+
+class SavedState(msgspec.Struct, frozen=True, kw_only=True):
+    """What a scheduler had under way, in the order in which requests came, and what clients had been served, by priority.
+    Encode it as JSON with ``msgspec.json``."""
+
+    requests: list[SavedRequest]
+    served: dict[str, dict[ClientId, float]]
+
+
 class BatchHint(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine loop tells the scheduler about the coming step: the time, and a bound on its tokens."""
 
@@ -94,6 +118,14 @@ class Scheduler(Protocol):
 
     def expire(self, now: float) -> list[SequenceUpdate]:
         """End the requests whose deadline has passed."""
+        ...
+
+    def export_state(self, now: float) -> SavedState:
+        """What is under way."""
+        ...
+
+    def import_state(self, state: SavedState, now: float) -> None:
+        """Take over what another scheduler had under way: it is computed again, and goes on greedily."""
         ...
 
     def next_deadline(self) -> float | None: ...

@@ -341,6 +341,15 @@ class RequestCounts(msgspec.Struct, frozen=True, kw_only=True):
     rejected: int
 
 
+class MemoryPressure(enum.IntEnum):
+    """How full the pages are of what live requests hold: less than 70 %, 85 %, 95 %, or more."""
+
+    LOW = 0
+    MODERATE = 1
+    HIGH = 2
+    CRITICAL = 3
+
+
 class PageCounts(msgspec.Struct, frozen=True, kw_only=True):
     """KV pages by state: total = free + active (held by a live request) + cached (held by the prefix cache alone)."""
 

@@ -39,10 +39,13 @@ class Clients:
         """What holds for a client, whether it is here or not."""
         return self._policies.get(client_id, self._default)
 
-    def num_queued_tokens(self, client_id: ClientId) -> int:
-        """Of prompts that wait."""
-        state = self._states.get(client_id)
-        return 0 if state is None else state.num_queued_tokens
+    def why_not_queue(self, client_id: ClientId, num_tokens: int) -> str | None:
+        """Why a prompt of so many tokens may not wait beside the client's others; None if it may."""
+        state, limit = self._states.get(client_id), self.policy(client_id).max_queued_tokens
+        total = num_tokens + (0 if state is None else state.num_queued_tokens)
+        if limit is None or total <= limit:
+            return None
+        return f"with this prompt {total} tokens of client {client_id!r} would wait, and {limit} may"
 
     def arrive(self, client_id: ClientId, num_sequences: int) -> None:
         """So many more of its sequences are alive."""

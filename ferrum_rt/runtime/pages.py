@@ -10,13 +10,16 @@ salt that says who may share it. A hit also compares the tokens themselves.
 import hashlib
 import secrets
 from array import array
+from bisect import bisect_right
 from collections.abc import Sequence as Tokens
 
 import msgspec
 
 from ferrum_rt.interfaces.errors import EngineFailed
 from ferrum_rt.interfaces.kv_cache import AllocationRequest, BlockTable, CacheHandleStats, KvCacheFork, KvCacheHandle
-from ferrum_rt.interfaces.types import PageCounts, TokenId
+from ferrum_rt.interfaces.types import MemoryPressure, PageCounts, TokenId
+
+_PRESSURE_FROM = (0.70, 0.85, 0.95)  # shares that are active from which the pressure is moderate, high and critical
 
 
 class _Published(msgspec.Struct, frozen=True):
@@ -47,6 +50,12 @@ class PagedKvCache:
     def num_available(self) -> int:
         """Pages that can be had now, by taking a free one or evicting a cached one."""
         return len(self._free) + len(self._cached)
+
+    @property
+    def pressure(self) -> MemoryPressure:
+        """How much of it all is active."""
+        share = self._num_active / self._total
+        return MemoryPressure(bisect_right(_PRESSURE_FROM, share))
 
     def pages_for(self, num_tokens: int) -> int:
         """How many pages hold ``num_tokens`` tokens."""

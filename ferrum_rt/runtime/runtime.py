@@ -1,15 +1,18 @@
 """The runtime: opens the channels and the tasks, takes requests in, and closes everything again."""
 
+import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Unpack
+from typing import Any, Unpack
 
 import anyio
 import anyio.lowlevel
+import msgspec
 from anyio.abc import TaskStatus
 from anyio.streams.memory import MemoryObjectReceiveStream
 
@@ -18,6 +21,7 @@ from ferrum_rt.interfaces.engine import ChunkSink
 from ferrum_rt.interfaces.errors import (
     BackendError,
     Cancelled,
+    ConfigError,
     EngineFailed,
     FerrumError,
     NotFound,
@@ -29,7 +33,7 @@ from ferrum_rt.interfaces.errors import (
 from ferrum_rt.interfaces.grammar import Grammar
 from ferrum_rt.interfaces.requests import RequestFields, build_request, check_vocabulary
 from ferrum_rt.interfaces.responses import assemble
-from ferrum_rt.interfaces.scheduler import SequenceUpdate
+from ferrum_rt.interfaces.scheduler import SavedState, SequenceUpdate
 from ferrum_rt.interfaces.types import (
     ComponentHealth,
     ComponentStatus,
@@ -39,12 +43,15 @@ from ferrum_rt.interfaces.types import (
     HealthStatus,
     InferenceRequest,
     InferenceResponse,
+    MemoryPressure,
     ModelInfo,
     Prompt,
     RequestCounts,
     RequestId,
+    SchedulerDiagnostics,
     StreamChunk,
 )
+from ferrum_rt.runtime.admission import AdmissionPolicy
 from ferrum_rt.runtime.chunk_stream import ChunkStream
 from ferrum_rt.runtime.engine import EngineLoop
 from ferrum_rt.runtime.generation import Generation
@@ -58,6 +65,8 @@ from ferrum_rt.runtime.worker import Worker
 # Requests tokenized in one call, and updates turned into text before the loop is yielded to others.
 _TOKENIZE_AT_ONCE = 64
 _DETOKENIZE_AT_ONCE = 256
+
+_log = logging.getLogger(__name__)
 
 
 def open_runtime(
@@ -88,6 +97,8 @@ class Runtime:
         self._active: dict[RequestId, Generation] = {}
         self._counts = dict.fromkeys(("finished", "failed", "cancelled", "rejected"), 0)
         self._idle = anyio.Event()
+        self._pressure = MemoryPressure.LOW
+        self._pressure_callbacks: list[Callable[[MemoryPressure], None]] = []
         self._exit_stack = AsyncExitStack()
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -121,9 +132,11 @@ class Runtime:
             max_model_len=executor.model_info.max_model_len,
             config=config.scheduler,
         )
-        self._capacity = config.scheduler.max_running_requests + config.scheduler.max_waiting_requests
-        self._to_tokenizer, admitted = anyio.create_memory_object_stream[Generation](self._capacity)
-        self._to_compiler, encoded = anyio.create_memory_object_stream[tuple[Generation, EncodedRequest]](self._capacity)
+        self._max_waiting = config.scheduler.max_waiting_requests
+        self._admission = AdmissionPolicy(config.scheduler, self._retry_after)
+        capacity = self._admission.capacity
+        self._to_tokenizer, admitted = anyio.create_memory_object_stream[Generation](capacity)
+        self._to_compiler, encoded = anyio.create_memory_object_stream[tuple[Generation, EncodedRequest]](capacity)
         to_detokenizer, updates = anyio.create_memory_object_stream[list[SequenceUpdate]](1)
         self._engine = EngineLoop(
             self._scheduler,
@@ -186,14 +199,14 @@ class Runtime:
 
     async def infer(self, prompt: Prompt | InferenceRequest, **fields: Unpack[RequestFields]) -> InferenceResponse:
         """Generate to the end. Raises the request's FerrumError; cancelling this task cancels the request."""
-        return await self._infer(build_request(prompt, fields))
+        return await self._infer(_due_with_scope(build_request(prompt, fields)))
 
     @asynccontextmanager
     async def infer_stream(
         self, prompt: Prompt | InferenceRequest, **fields: Unpack[RequestFields]
     ) -> AsyncIterator[AsyncIterator[StreamChunk]]:
         """The request's chunks as they come; the last has a ``finish_reason``. Leaving the block cancels what is left."""
-        with self._open(build_request(prompt, fields)) as (_, chunks):
+        with self._open(_due_with_scope(build_request(prompt, fields))) as (_, chunks):
             yield chunks
 
     async def infer_batch(
@@ -207,7 +220,7 @@ class Runtime:
         async def run(index: int) -> None:
             async with limiter:
                 try:
-                    results[index] = await self._infer(build_request(prompts[index], fields))
+                    results[index] = await self._infer(_due_with_scope(build_request(prompts[index], fields)))
                 except FerrumError as error:
                     results[index] = error
 
@@ -250,15 +263,11 @@ class Runtime:
         check_vocabulary(request.sampling_params, self.model_info.vocab_size)
         generation = Generation(request, sink, time.monotonic())
         try:
-            if len(self._active) >= self._capacity:
-                raise anyio.WouldBlock
-            self._to_tokenizer.send_nowait(generation)
-        except anyio.WouldBlock:
+            self._admission.admit(request.client_id, self._to_tokenizer.statistics().current_buffer_used)
+        except ResourceExhausted:
             self._counts["rejected"] += 1
-            raise ResourceExhausted(
-                f"{len(self._active)} requests are under way or waiting, which is as many as the engine takes",
-                retry_after=self._mean_request_s(),
-            ) from None
+            raise
+        self._to_tokenizer.send_nowait(generation)
         self._active[request.id] = generation
         generation.span = start_span(request, self.model_info.id)
         return generation
@@ -277,7 +286,36 @@ class Runtime:
             self._drop(generation)
             self._engine.notify()
 
+    # -- what can be changed while it runs ------------------------------------------------------------------------------
+
+    def reconfigure(self, **fields: Any) -> None:
+        """Change fields of the scheduler's configuration for what is planned and admitted from now on: clients' policies,
+        the pace, limits. Raises ConfigError, and then nothing has changed."""
+        config = build_config(None, self._config, {"scheduler": fields})
+        before, after = self._config.scheduler, config.scheduler
+        if after.max_running_requests != before.max_running_requests or after.max_waiting_requests > self._max_waiting:
+            raise ConfigError(
+                f"scheduler: of an open engine max_running_requests ({before.max_running_requests}) cannot be changed, and "
+                f"max_waiting_requests cannot be raised above the {self._max_waiting} it was opened with"
+            )
+        self._config = config
+        self._admission.reconfigure(config.scheduler)
+        self._scheduler.reconfigure(config.scheduler)
+        self._engine.notify()
+
+    def on_memory_pressure(self, callback: Callable[[MemoryPressure], None]) -> None:
+        """Have ``callback`` called on the event loop whenever the pressure on the pages reaches another level."""
+        self._pressure_callbacks.append(callback)
+
     # -- reports ------------------------------------------------------------------------------------------------------
+
+    def export_state(self) -> SavedState:
+        """What the scheduler has under way, for a simulation to replay; it holds the tokens of prompts and outputs."""
+        return self._scheduler.export_state(time.monotonic())
+
+    def diagnostics(self) -> SchedulerDiagnostics:
+        """Why the scheduler does what it does."""
+        return self._scheduler.diagnostics()
 
     def metrics(self) -> EngineMetrics:
         """Counters since the start."""
@@ -352,7 +390,7 @@ class Runtime:
         try:
             self._to_compiler.send_nowait((generation, request))
         except anyio.WouldBlock:  # full of requests that were cancelled and that it has not come to yet
-            error = ResourceExhausted("as many grammars as may wait to be compiled", retry_after=self._mean_request_s())
+            error = ResourceExhausted("as many grammars as may wait to be compiled", retry_after=self._retry_after())
             self._fail(generation, error, "failed")
         else:
             generation.is_queued = True
@@ -402,6 +440,7 @@ class Runtime:
 
     async def _detokenize(self, updates: MemoryObjectReceiveStream[list[SequenceUpdate]]) -> None:
         async for batch in updates:
+            self._watch_pressure()
             for index, update in enumerate(batch, start=1):
                 self._deliver(update)
                 if index % _DETOKENIZE_AT_ONCE == 0:
@@ -454,15 +493,36 @@ class Runtime:
     def _end(self, generation: Generation, outcome: str) -> None:
         """The one place where a request ends."""
         del self._active[generation.request.id]
+        self._admission.leave(generation.request.client_id)
         generation.close(time.monotonic())
         self._counts[outcome] += 1
         if not self._active:
             self._idle.set()
             self._idle = anyio.Event()
 
-    def _mean_request_s(self) -> float:
-        """What a request has taken of the engine's time so far, as a guess of when one of them ends."""
-        return self._engine.counters.step_s / max(1, self._counts["finished"]) or 1.0
+    def _retry_after(self) -> float:
+        """When there may be room again: what a request has taken of the engine's time so far, or what those who wait are
+        expected to, each."""
+        wait_s = self._scheduler.estimated_wait_s() / len(self._active)
+        return wait_s or self._engine.counters.step_s / max(1, self._counts["finished"]) or 1.0
+
+    def _watch_pressure(self) -> None:
+        pressure = self._cache.pressure
+        if pressure is not self._pressure:
+            self._pressure = pressure
+            for callback in self._pressure_callbacks:
+                try:
+                    callback(pressure)
+                except Exception:  # it is the host's, and so is what it raises
+                    _log.exception("a callback for memory pressure failed")
+
+
+def _due_with_scope(request: InferenceRequest) -> InferenceRequest:
+    """With the deadline of the caller's cancel scopes, if it has none of its own: what comes later nobody waits for."""
+    deadline = anyio.current_effective_deadline()
+    if request.deadline_s is not None or deadline == math.inf:
+        return request
+    return msgspec.structs.replace(request, deadline_s=max(1e-3, deadline - anyio.current_time()))
 
 
 def _failure(kind: type[FerrumError], what: str, error: Exception) -> FerrumError:

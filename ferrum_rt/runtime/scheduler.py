@@ -33,10 +33,9 @@ from ferrum_rt.interfaces.model_executor import (
     UnifiedBatch,
 )
 from ferrum_rt.interfaces.sampler import SampledToken, TokenScores
-from ferrum_rt.interfaces.scheduler import BatchHint, BatchPlan, SequenceRequest, SequenceUpdate
+from ferrum_rt.interfaces.scheduler import BatchHint, BatchPlan, SavedState, SequenceRequest, SequenceUpdate
 from ferrum_rt.interfaces.types import (
     BatchId,
-    ClientDiagnostics,
     ClientId,
     FinishReason,
     Priority,
@@ -51,6 +50,8 @@ from ferrum_rt.runtime.pace import Pace
 from ferrum_rt.runtime.pages import PagedKvCache
 from ferrum_rt.runtime.planned import Entry, PlannedStep, work_of
 from ferrum_rt.runtime.residents import Residents
+from ferrum_rt.runtime.saved_state import restored, save
+from ferrum_rt.runtime.scheduler_reports import diagnose, estimate_wait
 from ferrum_rt.runtime.sequence import Sequence, SequenceState
 from ferrum_rt.runtime.trials import Trials
 from ferrum_rt.runtime.waiting import WaitingQueue
@@ -96,13 +97,9 @@ class UnifiedScheduler:
             raise RequestValidationError(f"id: a request {request.request_id!r} is already under way")
         num_prompt = len(request.token_ids)
         self._check_fits(num_prompt, request.max_tokens)
-        limit = self._clients.policy(request.client_id).max_queued_tokens
-        queued = self._clients.num_queued_tokens(request.client_id) + num_prompt
-        if limit is not None and queued > limit:
-            raise ResourceExhausted(
-                f"with this prompt {queued} tokens of client {request.client_id!r} would wait, and {limit} may",
-                retry_after=self.estimated_wait_s(),
-            )
+        fault = self._clients.why_not_queue(request.client_id, num_prompt)
+        if fault is not None:
+            raise ResourceExhausted(fault, retry_after=self.estimated_wait_s())
         samples = [Sequence(request, self._num_arrivals + index, index) for index in range(request.num_samples)]
         self._num_arrivals += len(samples)
         self._prompt_tokens += num_prompt
@@ -166,32 +163,34 @@ class UnifiedScheduler:
 
     def estimated_wait_s(self) -> float:
         """How long those who wait now will keep the engine busy, in seconds; 0 before it has run for a while."""
-        num_tokens = sum(client.num_queued_tokens for _, client in self._clients.items())
-        contexts = [sequence.length for sequence in self._residents.running]
-        return self._pace.wait_s(len(self._waiting), num_tokens, contexts)
+        return estimate_wait(self._clients, self._waiting, self._pace, self._residents)
+
+    def export_state(self, now: float) -> SavedState:
+        """What is under way, replayable by ``import_state``."""
+        return save(self._sequences.values(), self._waiting.counters(), now)
+
+    def import_state(self, state: SavedState, now: float) -> None:
+        """Take over what another scheduler had under way: it is computed again, and goes on greedily."""
+        for saved in state.requests:
+            self.submit(restored(saved, now))
+            for sequence in list(self._sequences[saved.request_id]):
+                if sequence.index in saved.outputs:
+                    sequence.tokens += saved.outputs[sequence.index]
+                else:
+                    self._finish(sequence)
+            if saved.is_parked:
+                self.park(saved.request_id)
+        self._waiting.restore({Priority[name.upper()]: counters for name, counters in state.served.items()})
+
+    def reconfigure(self, config: SchedulerConfig) -> None:
+        """From the next plan on."""
+        self._pace.config = config
+        self._waiting.ageing_steps = config.ageing_steps
+        self._clients.reconfigure(config.clients, config.default_client)
 
     def diagnostics(self) -> SchedulerDiagnostics:
         """In time linear in what is alive."""
-        waiting = Counter(sequence.request.client_id for sequence in self._waiting)
-        served = self._waiting.counters()
-        clients = {
-            client_id: ClientDiagnostics(
-                num_live=client.num_live,
-                num_waiting=waiting[client_id],
-                num_running=client.num_running,
-                num_pages=client.num_pages,
-                num_queued_tokens=client.num_queued_tokens,
-                served={priority.name.lower(): own[client_id] for priority, own in served.items() if client_id in own},
-            )
-            for client_id, client in self._clients.items()
-        }
-        return SchedulerDiagnostics(
-            clients=clients,
-            waiting={priority.name.lower(): count for priority, count in self._waiting.counts().items()},
-            step_cost=self._pace.costs.per_unit,
-            estimated_wait_s=self.estimated_wait_s(),
-            on_trial=list(dict.fromkeys(sequence.request.request_id for sequence in self._trials.current())),
-        )
+        return diagnose(self._clients, self._waiting, self._pace, self._trials, self.estimated_wait_s())
 
     def statistics(self) -> SchedulerStats:
         cache = self._cache.statistics()

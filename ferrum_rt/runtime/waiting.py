@@ -12,7 +12,7 @@ Every operation takes time logarithmic in those who wait, but for moving pointer
 
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from operator import itemgetter
 
 from ferrum_rt.interfaces.types import ClientId, Priority
@@ -141,6 +141,12 @@ class WaitingQueue:
     def counters(self) -> dict[Priority, dict[ClientId, float]]:
         """Weighted tokens of service, of the clients that were served lately."""
         return {priority: dict(own.counters) for priority, own in self._classes.items() if own.counters}
+
+    def restore(self, served: Mapping[Priority, Mapping[ClientId, float]]) -> None:
+        """Take over counters."""
+        for priority, counters in served.items():
+            for client_id, amount in counters.items():
+                self._classes[priority].serve(client_id, amount)
 
     def forget(self) -> None:
         """Nobody has anything under way: nobody is owed anything."""

@@ -1,0 +1,73 @@
+"""A scheduler's work as JSON, and another that goes on with it."""
+
+import random
+
+import msgspec
+import pytest
+
+from ferrum_rt.interfaces.scheduler import SavedState
+from ferrum_rt.interfaces.types import ClientId, FinishReason, Priority
+from tests.fakes.executor import expected_tokens
+from tests.runtime.schedules import Schedule
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_another_scheduler_goes_on_with_it(seed: int) -> None:
+    """Saved in the middle, written as JSON, read and taken over, everything under way ends with the tokens that it would
+    have had, from those on that it had."""
+    generator = random.Random(seed)
+    first = Schedule(num_slots=3, num_pages=40)
+    for number in range(12):
+        prompt = [generator.randrange(256) for _ in range(generator.randint(1, 12))]
+        first.submit(
+            f"{number}",
+            prompt=prompt,
+            max_tokens=generator.randint(2, 12),
+            client=generator.choice("ab"),
+            priority=generator.choice(list(Priority)),
+            deadline_s=generator.choice([None, 1000.0]),
+        )
+        for _ in range(generator.randint(0, 2)):
+            first.step()
+    state = msgspec.json.decode(msgspec.json.encode(first.scheduler.export_state(first.now)), type=SavedState)
+    assert {saved.request_id for saved in state.requests} == set(first.requests) - set(first.ends)
+
+    second = Schedule(num_slots=3, num_pages=40)
+    second.requests = first.requests
+    second.scheduler.import_state(state, now=0.0)
+    second.run()
+    for saved in state.requests:
+        tokens = saved.outputs[0] + second.tokens[saved.request_id]
+        assert tokens == expected_tokens(saved.token_ids, saved.max_tokens)
+        assert second.ends[saved.request_id] is FinishReason.LENGTH
+
+
+def test_what_clients_were_served_goes_along() -> None:
+    """The client that was served less before is the one that is next after."""
+    first = Schedule(num_slots=1)
+    first.submit("0", client="served", max_tokens=20)
+    first.submit("1", client="served", max_tokens=20)
+    for _ in range(15):
+        first.step()
+    first.submit("2", client="new", max_tokens=2)
+    second = Schedule(num_slots=1)
+    second.requests = first.requests
+    second.scheduler.import_state(first.scheduler.export_state(first.now), now=0.0)
+    served = second.scheduler.diagnostics().clients[ClientId("served")].served["normal"]
+    assert served > 20
+
+
+def test_parked_requests_stay_parked() -> None:
+    """A request that was parked waits for its unpark in the new scheduler too."""
+    first = Schedule()
+    name = first.submit("0", max_tokens=5)
+    first.step()
+    first.scheduler.park(name)
+    second = Schedule()
+    second.requests = first.requests
+    second.scheduler.import_state(first.scheduler.export_state(first.now), now=0.0)
+    second.run()
+    assert not second.ends
+    second.scheduler.unpark(name)
+    second.run()
+    assert second.ends == {name: FinishReason.LENGTH}
