@@ -26,8 +26,13 @@ def smoke(bench: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_host_overhead() -> None:
-    rows = smoke("host_overhead")["us_per_step"]
-    assert [row["batch"] for row in rows] == [1, 4]
+    report = smoke("host_overhead")
+    rows = report["us_per_step"]
+    assert [(row["batch"], row["scheduler"]) for row in rows] == [
+        (batch, name) for batch in (1, 4) for name in ("all policies", "first come")
+    ]
+    assert all(row["loop"].keys() == SPREAD for row in report["ratio"])
+    assert [row["requests"] for row in report["waiting"]] == [10, 100]
     for row in rows:
         for name in ("loop", "wall", "scheduler", "executor"):
             assert row[name].keys() == SPREAD
