@@ -28,9 +28,7 @@ def smoke(bench: str) -> dict[str, Any]:
 def test_host_overhead() -> None:
     report = smoke("host_overhead")
     rows = report["us_per_step"]
-    assert [(row["batch"], row["scheduler"]) for row in rows] == [
-        (batch, name) for batch in (1, 4) for name in ("all policies", "first come")
-    ]
+    assert [(row["batch"], row["policies"]) for row in rows] == [(1, True), (1, False), (4, True), (4, False)]
     assert all(row["loop"].keys() == SPREAD for row in report["ratio"])
     assert [row["requests"] for row in report["waiting"]] == [10, 100]
     for row in rows:
