@@ -38,7 +38,7 @@ RUNTIME_ORDER = (
     ("chat_template", "special_tokens", "detokenizer", "tool_calls", "grammar_limits"),
     ("template_guard", "token_bytes"),
     ("template_budget", "tracing"),
-    ("engine",),
+    ("engine", "simulation"),
     ("scheduler", "executor"),
     ("pages", "sequence", "models", "sampler"),
     ("processors",),
