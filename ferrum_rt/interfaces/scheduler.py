@@ -8,7 +8,7 @@ import msgspec
 from ferrum_rt.interfaces.errors import FerrumError
 from ferrum_rt.interfaces.model_executor import StepInput, StepOutput
 from ferrum_rt.interfaces.sampler import SamplingConfig, TokenScores
-from ferrum_rt.interfaces.types import BatchId, FinishReason, Priority, RequestId, SchedulerStats, TokenId
+from ferrum_rt.interfaces.types import BatchId, ClientId, FinishReason, Priority, RequestId, SchedulerStats, TokenId
 
 
 class SequenceRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,6 +26,7 @@ class SequenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     salt: bytes = b""
     num_samples: int = 1
     prompt_logprobs: int | None = None
+    client_id: ClientId = ClientId("default")
 
 
 class BatchHint(msgspec.Struct, frozen=True, kw_only=True):
