@@ -207,7 +207,7 @@ def sizes(*roots: object) -> dict[str, int]:
                 found[name] = found.get(name, 0) + len(value)
             items = [*value.keys(), *value.values()] if isinstance(value, dict) else value
             left.extend((name, item) for item in items if not isinstance(item, int | bytes | str | float))
-        elif type(value).__module__.startswith("ferrum_rt.runtime"):
+        elif any(cls.__module__.startswith("ferrum_rt.runtime") for cls in type(value).__mro__):
             left.extend((f"{type(value).__name__}.{key}", item) for key, item in _attributes(value))
     return found
 

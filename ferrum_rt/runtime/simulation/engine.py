@@ -62,8 +62,8 @@ class _Launched:
 
 
 class SimulatedEngine:
-    """Runs one step ahead, as EngineLoop does. ``now`` is its clock, in seconds, and ``expired_at`` what it read when it last
-    looked for deadlines; ``busy_s`` are the seconds in which a step ran. ``step_s`` says how long one takes."""
+    """Runs one step ahead, as EngineLoop does. ``now`` is its clock, in seconds, and ``expired_at`` what that read when it
+    last looked for deadlines; ``busy_s`` are the seconds in which a step ran. ``step_s`` says how long one takes."""
 
     def __init__(
         self, scheduler: Scheduler, world: World, step_s: Callable[[StepInput], float], *, max_batched_tokens: int

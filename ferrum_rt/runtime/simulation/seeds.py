@@ -7,13 +7,13 @@ none. Slots, pages and the step's budget are few.
 import enum
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from random import Random
 
 import msgspec
 
-from ferrum_rt.interfaces.errors import BackendError, EngineFailed, FerrumError, ResourceExhausted
+from ferrum_rt.interfaces.errors import BackendError, EngineFailed, FerrumError
 from ferrum_rt.interfaces.model_executor import StepInput, StepOutput
 from ferrum_rt.interfaces.sampler import SamplingConfig
 from ferrum_rt.interfaces.scheduler import BatchPlan, SequenceRequest, SequenceUpdate
@@ -31,6 +31,7 @@ MAX_TURNS = 20_000
 COSTS = CostModel()
 CLIENTS = tuple(ClientId(name) for name in ("ada", "bob", "cyd"))
 DAY_S = 86_400.0
+NO_PROMISES = Promises()
 
 
 class Fault(enum.Enum):
@@ -98,42 +99,55 @@ class Outcome(msgspec.Struct, frozen=True):
 
 def run_seed(
     seed: int,
-    promises: Promises = Promises(),
+    promises: Promises = NO_PROMISES,
     *,
     scheduler_type: type[UnifiedScheduler] = UnifiedScheduler,
     cache_type: type[PagedKvCache] = PagedKvCache,
+    again: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Outcome:
-    """Live one seed to its end; raises Violation. ``say`` gets a line for each event."""
+    """Live one seed to its end, with ``again`` once more; raises Violation. ``say`` gets a line for each event."""
+    outcome = _live(seed, promises, scheduler_type, cache_type, EventLog(say))
+    if again and _live(seed, promises, scheduler_type, cache_type, EventLog(None)) != outcome:
+        raise Violation(Invariant.SAME_LOG, "its second life was another", seed, outcome.steps)
+    return outcome
+
+
+def _live(
+    seed: int,
+    promises: Promises,
+    scheduler_type: type[UnifiedScheduler],
+    cache_type: type[PagedKvCache],
+    log: "EventLog",
+) -> Outcome:
     rng = Random(seed)
     scenario = Scenario.draw(rng)
-    if say is not None:
-        say(f"seed {seed}: {scenario}")
+    log.add("engine", str(scenario))
     cache = cache_type(scenario.num_pages, scenario.block_size, prefix_caching=scenario.prefix_caching)
     scheduler = scheduler_type(
         cache, num_pages=scenario.num_pages, num_slots=scenario.num_slots, max_model_len=scenario.max_model_len
     )
     checker = Checker(scheduler, cache, PolicyChecks(promises), max_tokens=scenario.max_batched_tokens)
-    world = RandomWorld(scenario, scheduler, checker, rng, EventLog(say))
+    world = RandomWorld(scenario, scheduler, checker, rng, log)
     try:
         world.run()
     except Violation as violation:
         violation.seed, violation.step = seed, checker.step
         raise
-    return Outcome(seed, world.engine.num_steps, scenario.num_requests, checker.policies.longest_wait, world.log.hexdigest())
+    return Outcome(seed, world.engine.num_steps, scenario.num_requests, checker.policies.longest_wait, log.hexdigest())
 
 
-@dataclass(slots=True)
 class EventLog:
-    """A hash of everything that went into the scheduler and came out of it, in order."""
+    """A hash of everything that went into the scheduler and came out of it, in order; ``say`` gets it as lines."""
 
-    say: Callable[[str], None] | None
-    _hash: "hashlib._Hash" = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
+    def __init__(self, say: Callable[[str], None] | None) -> None:
+        self._say = say
+        self._hash = hashlib.blake2b(digest_size=16)
 
     def add(self, *event: object) -> None:
         self._hash.update(_ENCODER.encode(event))
-        if self.say is not None:
-            self.say("  ".join(str(part) for part in event))
+        if self._say is not None:
+            self._say("  ".join(str(part) for part in event))
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
@@ -145,9 +159,9 @@ class RandomWorld:
     def __init__(
         self, scenario: Scenario, scheduler: UnifiedScheduler, checker: Checker, rng: Random, log: EventLog
     ) -> None:
-        self.log = log
         self.engine = SimulatedEngine(scheduler, self, self._step_s, max_batched_tokens=scenario.max_batched_tokens)
         self._scenario, self._scheduler, self._checker, self._rng = scenario, scheduler, checker, rng
+        self._log = log
         self._memory = DigestMemory(scenario.num_slots, scenario.num_pages, scenario.block_size, _answer)
         self._text = [TokenId(rng.randint(1, 9)) for _ in range(scenario.max_model_len)]
         self._num_submitted = 0
@@ -193,7 +207,7 @@ class RandomWorld:
         rows = self._checker.planned(plan.step)
         self._checker.expired(self.engine.expired_at)
         fails = self._rng.random() < self._scenario.rates[Fault.STEP_FAILS] or not self._guilty.isdisjoint(rows)
-        self.log.add("step", plan.batch_id, "fails" if fails else "runs", plan.step)
+        self._log.add("step", plan.batch_id, "fails" if fails else "runs", plan.step)
         output = self._memory.execute(plan.step, nan=self._nan, damaged=fails)
         at_fault = self._guilty if self._checker.policies.promises.isolates else rows
         for request_id in rows:
@@ -205,7 +219,7 @@ class RandomWorld:
 
     def take(self, updates: list[SequenceUpdate]) -> None:
         for update in updates:
-            self.log.add("update", update)
+            self._log.add("update", update)
             self._checker.take(update, self.engine.now)
         self._parked.intersection_update(self._checker.live)
 
@@ -219,7 +233,7 @@ class RandomWorld:
         rng, checker = self._rng, self._checker
         if fault is Fault.CLOCK_JUMP:
             self.engine.now += DAY_S
-            self.log.add("the clock jumps to", self.engine.now)
+            self._log.add("the clock jumps to", self.engine.now)
         elif fault is Fault.CANCEL_ENDED:
             self._cancel(RequestId(f"r{rng.randint(0, self._num_submitted)}"), None)
         elif live := checker.live:
@@ -258,10 +272,10 @@ class RandomWorld:
         self._num_submitted += 1
         try:
             self._scheduler.submit(request)
-        except (ResourceExhausted, FerrumError) as error:
-            self.log.add("refused", request, type(error).__name__)
+        except FerrumError as error:
+            self._log.add("refused", request, type(error).__name__)
             return
-        self.log.add("submit", request)
+        self._log.add("submit", request)
         self._checker.submitted(
             request,
             [
@@ -271,18 +285,18 @@ class RandomWorld:
         )
 
     def _cancel(self, request_id: RequestId, index: int | None) -> None:
-        self.log.add("cancel", request_id, index)
+        self._log.add("cancel", request_id, index)
         self._checker.cancelled(request_id, index, self._scheduler.cancel(request_id, index))
         self._parked.intersection_update(self._checker.live)
 
     def _park_or_unpark(self, request_id: RequestId) -> None:
         if request_id in self._parked:
-            self.log.add("unpark", request_id)
+            self._log.add("unpark", request_id)
             self._scheduler.unpark(request_id)
             self._parked.remove(request_id)
             self._checker.unparked(request_id)
         elif self._num_submitted < self._scenario.num_requests:  # at the end everybody reads what is left
-            self.log.add("park", request_id)
+            self._log.add("park", request_id)
             self._scheduler.park(request_id)
             self._parked.add(request_id)
             self._checker.parked(request_id)

@@ -20,12 +20,11 @@ class Invariant(enum.StrEnum):
 
 
 class Violation(Exception):
-    """An invariant that does not hold, of the seed and after the step that ``run_seed`` fills in."""
+    """An invariant that does not hold after ``step`` steps of a seed."""
 
-    def __init__(self, invariant: Invariant, detail: str) -> None:
-        super().__init__(invariant, detail)
-        self.invariant, self.detail = invariant, detail
-        self.seed = self.step = 0
+    def __init__(self, invariant: Invariant, detail: str, seed: int = 0, step: int = 0) -> None:
+        super().__init__(invariant, detail, seed, step)
+        self.invariant, self.detail, self.seed, self.step = invariant, detail, seed, step
 
     def __str__(self) -> str:
         return f"seed {self.seed}, step {self.step}: {self.detail} (violates {self.invariant})"
