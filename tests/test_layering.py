@@ -43,7 +43,13 @@ RUNTIME_ORDER = (
     ("pages", "sequence", "models", "sampler"),
     ("processors",),
 )
-PURE = ("ferrum_rt.runtime.scheduler", "ferrum_rt.runtime.pages", "ferrum_rt.runtime.sequence")
+PURE = (
+    "ferrum_rt.runtime.scheduler",
+    "ferrum_rt.runtime.pages",
+    "ferrum_rt.runtime.sequence",
+    "ferrum_rt.runtime.simulation.seeds",
+    "ferrum_rt.runtime.simulation.capacity",
+)
 
 
 @cache

@@ -7,8 +7,8 @@ how to see it again:
 
     python -m tools.simulate_seeds --replay 17
 
-prints everything that goes into the scheduler and comes out of it with seed 17. Every --again-th seed is lived twice, and must
-give the same events. The last line of standard output is JSON; the exit status is 1 if anything was violated.
+prints everything that goes into the scheduler and comes out of it with seed 17. Every --again-th seed is lived twice, and
+must give the same events. The last line of standard output is JSON; the exit status is 1 if anything was violated.
 """
 
 import argparse
@@ -70,10 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     parts = [Part(range(start, min(start + CHUNK, end)), arguments.again, promises) for start in chunks]
     began = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
-        total = collect(pool.imap_unordered(live, parts), arguments.seeds)
+        total = collect(pool.imap_unordered(live, parts), arguments.seeds, promises)
     seconds = time.perf_counter() - began
-    for violation in total.violations[MAX_VIOLATIONS:][:1]:
-        print(f"… and {len(total.violations) - MAX_VIOLATIONS} more, such as {violation}")
     report = {
         "seeds": total.seeds,
         "start": arguments.start,
@@ -88,16 +86,18 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if total.violations else 0
 
 
-def collect(tallies: Iterable[Tally], num_seeds: int) -> Tally:
+def collect(tallies: Iterable[Tally], num_seeds: int, promises: Promises) -> Tally:
     """Add them up, with a line of progress, and print the first violations as they come."""
     began = said = time.perf_counter()
     seeds = steps = longest_wait = 0
     violations: list[str] = []
+    options = "" if promises.max_wait_steps is None else f" --max-wait-steps {promises.max_wait_steps}"
     for tally in tallies:
         seeds, steps = seeds + tally.seeds, steps + tally.steps
         longest_wait = max(longest_wait, tally.longest_wait)
         for violation in tally.violations[: MAX_VIOLATIONS - len(violations)]:
-            print(f"{violation}\n    python -m tools.simulate_seeds --replay {violation.split()[1].rstrip(',')}", flush=True)
+            seed = violation.split()[1].rstrip(",")
+            print(f"{violation}\n    python -m tools.simulate_seeds --replay {seed}{options}", flush=True)
         violations += tally.violations
         now = time.perf_counter()
         if now - said > PROGRESS_S or seeds == num_seeds:
@@ -122,8 +122,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="simulate_seeds", description="Prove the scheduler on random seeds.")
     parser.add_argument("--seeds", metavar="N", type=int, default=10_000, help="how many (default: %(default)s)")
     parser.add_argument("--start", metavar="SEED", type=int, default=0, help="the first one")
-    parser.add_argument("--processes", metavar="N", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
-    parser.add_argument("--again", metavar="N", type=int, default=20, help="live every N-th seed twice (default: %(default)s)")
+    parser.add_argument(
+        "--processes", metavar="N", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores"
+    )
+    parser.add_argument(
+        "--again", metavar="N", type=int, default=20, help="live every N-th seed twice (default: %(default)s)"
+    )
     parser.add_argument("--max-wait-steps", metavar="N", type=int, help="nobody may wait longer; no bound if left out")
     parser.add_argument("--replay", metavar="SEED", type=int, help="live this one alone, and say everything")
     return parser

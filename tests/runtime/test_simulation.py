@@ -1,28 +1,36 @@
 """The simulation: what it finds, what it does not, and that it is the engine's loop that it simulates."""
 
 import os
+import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
-from ferrum_rt.interfaces.config import EngineConfig, build_config
-from ferrum_rt.interfaces.model_executor import StepInput, StepOutput
+from ferrum_rt.interfaces.errors import BackendError, FerrumError
+from ferrum_rt.interfaces.model_executor import (
+    DecodeInput,
+    PrefillInput,
+    SlotAssignment,
+    StepInput,
+    StepOutput,
+    UnifiedBatch,
+)
 from ferrum_rt.interfaces.sampler import SamplingConfig
 from ferrum_rt.interfaces.scheduler import BatchHint, BatchPlan, SequenceRequest, SequenceUpdate
-from ferrum_rt.interfaces.errors import BackendError, FerrumError
-from ferrum_rt.interfaces.types import RequestId, TokenId
+from ferrum_rt.interfaces.types import FinishReason, RequestId, TokenId
 from ferrum_rt.runtime import runtime
 from ferrum_rt.runtime.pages import PagedKvCache
 from ferrum_rt.runtime.scheduler import UnifiedScheduler
+from ferrum_rt.runtime.simulation.checks import sizes
 from ferrum_rt.runtime.simulation.digests import DigestMemory, WrongStep, expected_tokens
 from ferrum_rt.runtime.simulation.engine import CostModel, SimulatedEngine
 from ferrum_rt.runtime.simulation.policies import Promises
 from ferrum_rt.runtime.simulation.seeds import run_seed
 from ferrum_rt.runtime.simulation.violation import Invariant, Violation
-from tests.fakes.executor import FakeExecutor
 from tests.runtime import planted_bugs
-from tests.runtime.engines import fake_engine
+from tests.runtime.engines import fake_engine, until
 
 MAX_SEEDS = 1000
 
@@ -36,7 +44,6 @@ def first_violation(
         try:
             run_seed(seed, promises, scheduler_type=scheduler_type, cache_type=cache_type, again=True)
         except Violation as violation:
-            assert violation.seed == seed
             return violation
     raise AssertionError(f"{scheduler_type.__name__}, {cache_type.__name__}: not found in {MAX_SEEDS} seeds")
 
@@ -90,6 +97,7 @@ def test_seeds_violate_nothing() -> None:
         run_seed(seed, again=True)
 
 
+@pytest.mark.slow
 def test_every_fault_happens() -> None:
     """Among a few seeds there are steps that fail, NaN rows, parked and cancelled requests, deadlines and clock jumps."""
     lines: list[str] = []
@@ -98,7 +106,16 @@ def test_every_fault_happens() -> None:
         run_seed(seed, say=lines.append)
 
     text = "\n".join(lines)
-    for sign in ("fails  StepInput", "NaN", "\npark", "\nunpark", "\ncancel", "DeadlineExceeded", "'deadline'", "the clock jumps"):
+    for sign in (
+        "fails  StepInput",
+        "NaN",
+        "\npark",
+        "\nunpark",
+        "\ncancel",
+        "DeadlineExceeded",
+        "'deadline'",
+        "the clock jumps",
+    ):
         assert sign in text, sign
 
 
@@ -148,7 +165,11 @@ class Recorder(UnifiedScheduler):
 
     def busy_calls(self) -> str:
         """Without the turns in which the loop was idle, before and after."""
-        return self.calls[self.calls.index("ep") :].removesuffix("en").replace("enen", "en")
+        return re.sub("^(en)*|(en)*$", "", self.calls)
+
+    def is_idle(self) -> bool:
+        """Every step that was planned has landed."""
+        return self.calls.endswith("en") and self.calls.count("p") == self.calls.count("c") + self.calls.count("f")
 
 
 class OneRequest:
@@ -208,6 +229,7 @@ async def test_the_loop_is_the_engines(monkeypatch: pytest.MonkeyPatch, fail_at:
             await engine.infer(PROMPT, max_tokens=6)
         except BackendError:
             assert fail_at
+        await until(recorders[0].is_idle)
     simulated, _, _ = simulate_one(fail_at)
 
     assert simulated.busy_calls() == recorders[0].busy_calls()
@@ -224,26 +246,12 @@ def test_virtual_time() -> None:
 
 def test_the_cost_model_adds_up() -> None:
     """A step costs its base, and so much per token, per sequence and per token of context."""
-    scheduler, world, _ = simulate_one(fail_at=0)
-    steps: list[StepInput] = []
-    del scheduler, world
-
-    class Noting(OneRequest):
-        def execute(self, plan: BatchPlan) -> StepOutput:
-            steps.append(plan.step)
-            return super().execute(plan)
-
-    cache = PagedKvCache(64, 16)
-    real = UnifiedScheduler(cache, num_pages=64, num_slots=4, max_model_len=1024)
-    request = SequenceRequest(request_id=RequestId("a"), token_ids=PROMPT, max_tokens=2, sampling=SamplingConfig())
-    noting = Noting(real, DigestMemory(4, 64, 16), request, fail_at=0)
-    engine = SimulatedEngine(real, noting, lambda step: 0.5, max_batched_tokens=16)
-    while engine.turn():
-        pass
     model = CostModel(base_s=1000.0, token_s=100.0, sequence_s=10_000.0, context_s=1.0)
+    prefill, decode = PrefillInput(0, PROMPT[:5], 16, True), DecodeInput(1, 40)
 
-    # 16 tokens of the prompt, then 3 after them, then the decode of the 20th
-    assert [model.step_s(step.batch) for step in steps] == [12_616.0, 11_319.0, 11_120.0]
+    assert model.step_s(UnifiedBatch([], [prefill])) == 1000 + 500 + 10_000 + 21
+    assert model.step_s(UnifiedBatch([decode], [])) == 1000 + 100 + 10_000 + 41
+    assert model.step_s(UnifiedBatch([decode], [prefill])) == 1000 + 600 + 20_000 + 62
 
 
 # -- the memory of digests ------------------------------------------------------------------------------------------------
@@ -251,8 +259,6 @@ def test_the_cost_model_adds_up() -> None:
 
 def test_the_memory_refuses_what_no_scheduler_may_ask() -> None:
     """A step that goes on where its sequence is not, or past its pages, is WrongStep."""
-    from ferrum_rt.interfaces.model_executor import DecodeInput, PrefillInput, SlotAssignment, UnifiedBatch
-
     memory = DigestMemory(1, 2, 4)
     assigned = SlotAssignment(0, RequestId("a"), SamplingConfig(), [0])
     memory.execute(StepInput([assigned], [], [], UnifiedBatch([], [PrefillInput(0, PROMPT[:4], 0, True)])))
@@ -267,8 +273,6 @@ def test_the_memory_refuses_what_no_scheduler_may_ask() -> None:
 
 def test_what_a_damaged_step_wrote_shows() -> None:
     """Tokens that follow from pages of a step that failed are not those the request gets alone."""
-    from ferrum_rt.interfaces.model_executor import DecodeInput, PrefillInput, SlotAssignment, UnifiedBatch
-
     memory = DigestMemory(1, 2, 4)
     assigned = SlotAssignment(0, RequestId("a"), SamplingConfig(), [0, 1])
     memory.execute(StepInput([assigned], [], [], UnifiedBatch([], [PrefillInput(0, PROMPT[:4], 0, True)])), damaged=True)
@@ -276,3 +280,56 @@ def test_what_a_damaged_step_wrote_shows() -> None:
     after = memory.execute(StepInput([], [], [], UnifiedBatch([DecodeInput(0, 4)], [])))
 
     assert after.decodes[0].sampled.token_id not in expected_tokens(PROMPT[:4], 2)
+
+
+# -- what the simulation has found ----------------------------------------------------------------------------------------
+
+
+def scheduler_of(num_pages: int) -> UnifiedScheduler:
+    return UnifiedScheduler(PagedKvCache(num_pages, 4), num_pages=num_pages, num_slots=4, max_model_len=64)
+
+
+def request_of(name: str, **fields: Any) -> SequenceRequest:
+    return SequenceRequest(request_id=RequestId(name), token_ids=PROMPT, sampling=SamplingConfig(), **fields)
+
+
+@pytest.mark.xfail(strict=True, reason="deadlines of requests that have ended wait for an earlier one that has not")
+def test_deadlines_of_ended_requests_are_let_go() -> None:
+    """While one request lives, nothing is kept of a thousand with later deadlines that have ended."""
+    scheduler = scheduler_of(16)
+    scheduler.submit(request_of("long", max_tokens=1, deadline=100.0))
+    before = sum(sizes(scheduler).values())
+
+    for number in range(1000):
+        scheduler.submit(request_of(str(number), max_tokens=1, deadline=3600.0))
+        scheduler.cancel(RequestId(str(number)))
+        scheduler.next_deadline()
+
+    assert sum(sizes(scheduler).values()) < before + 500
+
+
+@pytest.mark.xfail(strict=True, reason="cancel of the first sample leaves its siblings held for ever")
+def test_siblings_outlive_a_first_sample_that_is_cancelled_early() -> None:
+    """If the first of two samples is cancelled before it has computed the prompt, the other one does."""
+    scheduler = scheduler_of(16)
+    scheduler.submit(request_of("a", max_tokens=4, num_samples=2))
+
+    scheduler.cancel(RequestId("a"), 0)
+
+    assert scheduler.plan(BatchHint(now=0.0, max_tokens=64)) is not None
+
+
+@pytest.mark.xfail(strict=True, reason="expire looks at the samples that have not ended alone (was seed 86)")
+def test_a_deadline_does_not_take_back_a_sample_that_is_complete() -> None:
+    """A request of which one sample is complete ends by finish_reason, not by DeadlineExceeded."""
+    cache = PagedKvCache(6, 4)
+    scheduler = UnifiedScheduler(cache, num_pages=6, num_slots=1, max_model_len=24)
+    scheduler.submit(request_of("a", max_tokens=1, num_samples=2, deadline=5.0))
+    plan = scheduler.plan(BatchHint(now=0.0, max_tokens=64))
+    assert plan is not None
+    (done,) = scheduler.commit(plan, DigestMemory(1, 6, 4).execute(plan.step))
+    assert done.finish_reason is FinishReason.LENGTH
+
+    (update,) = scheduler.expire(6.0)
+
+    assert (update.error, update.index, update.finish_reason) == (None, 1, FinishReason.DEADLINE)

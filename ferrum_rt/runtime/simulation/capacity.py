@@ -1,12 +1,10 @@
-"""What an engine would make of a workload: the real scheduler and pool in virtual time, over an executor that costs only what
-the cost model says."""
+"""What an engine would make of a workload: the real scheduler and pool in virtual time, over an executor that computes
+nothing and takes as long as the cost model says."""
 
 import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-import msgspec
 
 from ferrum_rt.interfaces.config import EngineConfig
 from ferrum_rt.interfaces.errors import ConfigError, DeadlineExceeded, FerrumError
@@ -105,9 +103,7 @@ class PlannedWorld:
 
     engine: SimulatedEngine
 
-    def __init__(
-        self, scheduler: UnifiedScheduler, arrivals: Sequence[Arrival], capacity: int, shared_prefix: int
-    ) -> None:
+    def __init__(self, scheduler: UnifiedScheduler, arrivals: Sequence[Arrival], capacity: int, shared_prefix: int) -> None:
         self.lives = [Life(arrival) for arrival in arrivals]
         self.num_refused = 0
         self._scheduler, self._capacity, self._shared_prefix = scheduler, capacity, shared_prefix
@@ -126,7 +122,9 @@ class PlannedWorld:
 
     def execute(self, plan: BatchPlan) -> StepOutput:
         batch = plan.step.batch
-        return StepOutput([_DECODED] * len(batch.decodes), [_SAMPLED if item.sample else _WRITTEN for item in batch.prefills])
+        return StepOutput(
+            [_DECODED] * len(batch.decodes), [_SAMPLED if item.sample else _WRITTEN for item in batch.prefills]
+        )
 
     def take(self, updates: list[SequenceUpdate]) -> None:
         now = self.engine.now

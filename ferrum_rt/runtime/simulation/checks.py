@@ -172,9 +172,9 @@ class Checker:
                 detail = f"{live.request.request_id} is still here at {now}; its deadline was {live.request.deadline}"
                 raise Violation(Invariant.DEADLINE, detail)
 
-    def check(self) -> None:
-        """After each step."""
-        self.step += 1
+    def check(self, num_steps: int) -> None:
+        """After each turn of the loop, when ``num_steps`` have landed."""
+        self.step = num_steps
         self._cache.verify()
         self.policies.check(self.step)
 

@@ -147,7 +147,7 @@ class Result(msgspec.Struct, frozen=True):
 
 def quantile(known: list[float], share: float) -> float:
     """Of sorted values the one that ``share`` (0 to 1) of them do not exceed."""
-    return known[max(0, math.ceil(share * len(known)) - 1)]
+    return known[max(0, math.ceil(share * len(known) - 1e-9) - 1)]  # 0.07 * 100 is a little more than 7
 
 
 def curve(values: Iterable[float]) -> list[float]:

@@ -175,7 +175,7 @@ class RandomWorld:
         checker, turns = self._checker, 0
         try:
             while self.engine.turn():
-                checker.check()
+                checker.check(self.engine.num_steps)
                 turns += 1
                 if turns > MAX_TURNS:
                     raise Violation(Invariant.ONE_END, f"not at an end after {MAX_TURNS} turns: {', '.join(checker.live)}")

@@ -194,5 +194,7 @@ def read_trace(path: Path) -> list[Arrival]:
                 raise ConfigError(f"{path}: line {number}: {name} must be at least {least}, got {fields[name]}")
         arrivals.append(Arrival(**fields))
     if not arrivals:
-        raise ConfigError(f"{path}: has no requests; write one JSON object a line with arrival_s, prompt_tokens, output_tokens")
+        raise ConfigError(
+            f"{path}: has no requests; write one JSON object a line with arrival_s, prompt_tokens, output_tokens"
+        )
     return sorted(arrivals, key=lambda arrival: arrival.arrival_s)
