@@ -227,7 +227,9 @@ def report(
         facts,
         {"steps": args.steps, "repeats": args.repeats, "loop": args.loop, "prompt_tokens": NUM_PROMPT_TOKENS},
         {
-            "us_per_step": [{"batch": batch, "policies": name == "all policies", **found} for (batch, name), found in spreads.items()],
+            "us_per_step": [
+                {"batch": batch, "policies": name == "all policies", **found} for (batch, name), found in spreads.items()
+            ],
             "ratio": [{"batch": batch, "loop": ratio} for batch, ratio in ratios.items()],
             "waiting": [{"requests": count, "us_per_step": found} for count, found in plans.items()],
         },

@@ -38,7 +38,7 @@ RUNTIME_ORDER = (
     ("chat_template", "special_tokens", "detokenizer", "tool_calls", "grammar_limits"),
     ("template_guard", "token_bytes"),
     ("template_budget", "tracing", "admission"),
-    ("engine",),
+    ("engine", "simulation"),
     ("scheduler", "executor"),
     ("scheduler_reports",),
     ("residents", "waiting", "planned", "trials", "saved_state", "pace", "models", "sampler"),
@@ -49,6 +49,7 @@ PURE = tuple(
     for name in (
         *("scheduler", "residents", "waiting", "planned", "trials", "pace"),
         *("saved_state", "scheduler_reports", "clients", "cost_model", "deadlines", "pages", "sequence"),
+        *("simulation.seeds", "simulation.capacity"),
     )
 )
 

@@ -17,6 +17,7 @@ from ferrum_rt.cli.options import (
 from ferrum_rt.cli.output import discard_stdout, report_error
 from ferrum_rt.cli.run import run
 from ferrum_rt.cli.serve import add_serve_options, serve
+from ferrum_rt.cli.simulate import add_simulate_options, simulate
 from ferrum_rt.cli.status import status
 from ferrum_rt.interfaces.errors import FerrumError
 
@@ -82,6 +83,10 @@ def _parser() -> Parser:
     sub.add_argument("--socket", metavar="PATH", help="the daemon's socket; your own daemon's if left out")
     add_json_option(sub)
     sub.set_defaults(command=status)
+
+    sub = commands.add_parser("simulate", help="see what an engine would make of a workload", allow_abbrev=False)
+    add_simulate_options(sub)
+    sub.set_defaults(command=simulate)
 
     sub = commands.add_parser("doctor", help="show what is installed, and try it", allow_abbrev=False)
     add_model_option(sub)

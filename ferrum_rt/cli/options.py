@@ -26,7 +26,7 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="M", help="a directory or a hub id; the demo model if left out")
 
 
-def add_json_option(parser: argparse.ArgumentParser) -> None:
+def add_json_option(parser: "argparse._ActionsContainer") -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterable, Sequence
 
 
 def report_error(error: Exception) -> None:
@@ -12,6 +13,18 @@ def report_error(error: Exception) -> None:
 
 def one_line(message: object) -> str:
     return " ".join(str(message).split())
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns two spaces apart, the first one flush left, the others right."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if at else cell.ljust(width) for at, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
 
 
 def discard_stdout() -> None:

@@ -147,7 +147,7 @@ class UnifiedScheduler:
             if due < request.deadline and samples[0].num_starts:
                 self._deadlines.add(request.deadline, request)
                 continue
-            if not any(sequence.num_outputs for sequence in samples):
+            if len(samples) == request.num_samples and not any(sequence.num_outputs for sequence in samples):
                 left = request.deadline - now
                 why = f"{left:.3g} s are left, too little for its prompt" if left > 0 else "it passed before the first token"
                 updates.append(self._fail(request, DeadlineExceeded(f"the deadline cannot be met: {why}")))
@@ -164,6 +164,10 @@ class UnifiedScheduler:
     def estimated_wait_s(self) -> float:
         """How long those who wait now will keep the engine busy, in seconds; 0 before it has run for a while."""
         return estimate_wait(self._clients, self._waiting, self._pace, self._residents)
+
+    def backlogs(self) -> list[list[float]]:
+        """What those clients were served that compete: by priority, of each that has requests waiting there."""
+        return self._waiting.backlogs()
 
     def export_state(self, now: float) -> SavedState:
         """What is under way, replayable by ``import_state``."""
@@ -260,8 +264,9 @@ class UnifiedScheduler:
                 updates.append(self._append(sequence, sampled.token_id, sampled, prompt_scores))
             elif prompt_scores:
                 updates.append(_update(sequence, prompt_scores=prompt_scores))
-        for (priority, client_id), count in served.items():
-            self._waiting.serve(priority, client_id, num_outputs=count)
+        if self._sequences:  # else nobody is owed anything
+            for (priority, client_id), count in served.items():
+                self._waiting.serve(priority, client_id, num_outputs=count)
         return updates
 
     def fail(self, plan: BatchPlan, error: FerrumError) -> list[SequenceUpdate]:
@@ -271,12 +276,8 @@ class UnifiedScheduler:
         alive = dict.fromkeys(entry.sequence.request.request_id for entry in entries if not entry.is_lost)
         if len({entry.sequence.request.request_id for entry in entries}) == 1:
             return [self._fail(self._sequences[request_id][0].request, error) for request_id in alive]
-        suspects = []
-        for request_id in alive:
-            for sequence in self._sequences[request_id]:  # those that share its pages have them from this step too
-                if self._take_back(sequence):
-                    suspects.append(sequence)
-        self._trials.split(suspects)
+        # All samples of each: those that share its pages have them from this step too.
+        self._trials.split([[one for one in self._sequences[name] if self._take_back(one)] for name in alive])
         return []
 
     # -- planning -----------------------------------------------------------------------------------------------------
@@ -540,6 +541,8 @@ class UnifiedScheduler:
         self._clients.leave(sequence.request.client_id)
         samples = self._sequences[sequence.request.request_id]
         samples.remove(sequence)
+        if samples and all(other.state is SequenceState.HELD for other in samples):
+            self._wait(samples[0])  # the one that was to compute their prompt is gone
         if not samples:
             del self._sequences[sequence.request.request_id]
         if not self._sequences:

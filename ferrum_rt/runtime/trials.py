@@ -40,13 +40,11 @@ class Trials:
             self._groups.popleft()
         return []
 
-    def split(self, sequences: list[Sequence]) -> None:
-        """These were in a step that failed. Samples of one request, which come one after the other, stay together."""
-        members = set(sequences)
+    def split(self, requests: list[list[Sequence]]) -> None:
+        """These requests, each with such of its samples, were in a step that failed."""
+        members = {sequence for samples in requests for sequence in samples}
         for group in self._groups:
             group[:] = [suspect for suspect in group if suspect.sequence not in members]
-        suspects = [_Suspect(sequence, sequence.num_outputs) for sequence in sequences]
-        middle = len(suspects) // 2
-        while 0 < middle < len(suspects) and sequences[middle].request is sequences[middle - 1].request:
-            middle += 1
-        self._groups.extendleft([suspects[middle:], suspects[:middle]])
+        middle = len(requests) // 2
+        for half in (requests[middle:], requests[:middle]):  # the first will stand in front
+            self._groups.appendleft([_Suspect(sequence, sequence.num_outputs) for samples in half for sequence in samples])

@@ -142,6 +142,10 @@ class WaitingQueue:
         """Weighted tokens of service, of the clients that were served lately."""
         return {priority: dict(own.counters) for priority, own in self._classes.items() if own.counters}
 
+    def backlogs(self) -> list[list[float]]:
+        """The counters of the clients that wait in each class."""
+        return [[counter for counter, _ in own.order] for own in self._classes.values() if own.order]
+
     def restore(self, served: Mapping[Priority, Mapping[ClientId, float]]) -> None:
         """Take over counters."""
         for priority, counters in served.items():

@@ -24,7 +24,8 @@ from ferrum_rt.ipc.messages import (
     WireChunk,
     WireRequest,
 )
-from tests.fakes.executor import EOS, ByteTokenizer, expected_tokens
+from ferrum_rt.runtime.simulation.digests import expected_tokens
+from tests.fakes.executor import EOS, ByteTokenizer
 
 # What the protocol calls a few: an output's chunks that were under way when the credit ran out.
 FEW = 8

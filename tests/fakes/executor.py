@@ -1,23 +1,14 @@
-"""A ModelExecutor without a model, and a tokenizer of bytes.
-
-The fake's K/V cache holds, for each position, a digest of the tokens up to there, in the page that the block table names.
-The next token follows from the digest alone. So a request's output depends on nothing but its own tokens as long as the
-scheduler hands out slots, positions and pages rightly; where it does not, the fake raises AssertionError, or the output
-differs from ``expected_tokens``.
-"""
+"""A ModelExecutor without a model, over the simulation's DigestMemory, and a tokenizer of bytes."""
 
 import codecs
 import mmap
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 
 from ferrum_rt.interfaces.config import EngineConfig
-from ferrum_rt.interfaces.errors import BackendError, TokenizerError
-from ferrum_rt.interfaces.model_executor import DecodeOutput, PrefillOutput, StepInput, StepOutput
-from ferrum_rt.interfaces.sampler import SampledToken
+from ferrum_rt.interfaces.errors import TokenizerError
+from ferrum_rt.interfaces.model_executor import StepInput, StepOutput
 from ferrum_rt.interfaces.tokenizer import TokenizerInfo
 from ferrum_rt.interfaces.types import (
     ChatMessage,
@@ -34,30 +25,12 @@ from ferrum_rt.interfaces.types import (
     Tool,
 )
 from ferrum_rt.runtime.loader import LoadedModel
+from ferrum_rt.runtime.simulation.digests import Answer, DigestMemory, printable
 from ferrum_rt.runtime.worker import finished
 
 EOS = TokenId(256)
 VOCAB_SIZE = 257
 MAX_MODEL_LEN = 1024
-
-Answer = Callable[[int], TokenId]
-"""The token that follows a text with this digest."""
-
-
-def printable(digest: int) -> TokenId:
-    """An Answer: one of the 95 printable ASCII characters, so never the end of the text."""
-    return TokenId(32 + digest % 95)
-
-
-def expected_tokens(prompt: Sequence[int], count: int, answer: Answer = printable, sample: int = 0) -> list[TokenId]:
-    """What a FakeExecutor with this ``answer`` generates after ``prompt`` as the request's sample number ``sample``."""
-    digest, tokens = 0, list[TokenId]()
-    for token in prompt:
-        digest = _digest(digest, token)
-    for _ in range(count):
-        tokens.append(answer(_digest(digest, sample) if sample else digest))
-        digest = _digest(digest, tokens[-1])
-    return tokens
 
 
 def mapped_clock(path: str) -> "memoryview[float]":
@@ -74,19 +47,6 @@ def fake_model(config: EngineConfig, executor: "FakeExecutor | None" = None) -> 
         eos_token_ids=frozenset({EOS}),
         defaults=SamplingParams(),
     )
-
-
-@dataclass(slots=True)
-class _Slot:
-    """``length`` is None until the first chunk says how much came from the prefix cache. ``heads`` are what the first
-    entry of each page held when this sequence wrote or took it over: whoever takes the page writes that entry first."""
-
-    request_id: RequestId
-    pages: list[int]
-    sample_index: int
-    length: int | None = None
-    last_token: TokenId | None = None
-    heads: list[int] = field(default_factory=list)
 
 
 class FakeExecutor:
@@ -112,13 +72,12 @@ class FakeExecutor:
         self.step_s = step_s
         self.fail_at = fail_at or set()
         self.nan_requests = nan_requests or set()
-        self._answer, self._on_step = answer, on_step
+        self._on_step = on_step
         self._clock = None if clock is None else mapped_clock(clock)
-        self._block_size = config.kv_cache.block_size
+        block_size = config.kv_cache.block_size
         wanted_len = config.model.max_model_len or MAX_MODEL_LEN
-        self.num_pages = config.kv_cache.num_pages or self.num_slots * -(-wanted_len // self._block_size)
-        self._digests: list[int | None] = [None] * (self.num_pages * self._block_size)
-        self._slots: dict[int, _Slot] = {}
+        self.num_pages = config.kv_cache.num_pages or self.num_slots * -(-wanted_len // block_size)
+        self._memory = DigestMemory(self.num_slots, self.num_pages, block_size, answer)
         self.model_info = ModelInfo(
             id=ModelId("fake"),
             type=ModelType.LLAMA,
@@ -126,7 +85,7 @@ class FakeExecutor:
             num_layers=0,
             hidden_size=0,
             vocab_size=VOCAB_SIZE,
-            max_model_len=min(wanted_len, self.num_pages * self._block_size),
+            max_model_len=min(wanted_len, self.num_pages * block_size),
             dtype=DataType.FLOAT32,
             device=Device.CPU,
         )
@@ -136,33 +95,15 @@ class FakeExecutor:
         number = self.num_steps
         if self._on_step is not None:
             self._on_step(number, step)
-        for assigned in step.assigned:
-            assert 0 <= assigned.slot < self.num_slots, f"slot {assigned.slot} is out of range"
-            index = assigned.sampling.sample_index
-            self._slots[assigned.slot] = _Slot(assigned.request_id, list(assigned.pages), index)
-        for appended in step.appended:
-            pages = self._slots[appended.slot].pages
-            assert appended.index == len(pages), f"page {appended.index} of slot {appended.slot} follows {len(pages)} pages"
-            pages.append(appended.page)
-        for copied in step.copied:
-            size = self._block_size
-            source = slice(copied.source * size, (copied.source + 1) * size)
-            self._digests[copied.target * size : (copied.target + 1) * size] = self._digests[source]
-        used = [item.slot for item in step.batch.decodes] + [item.slot for item in step.batch.prefills]
-        assert len(set(used)) == len(used), "a slot is in the batch twice"
-        decodes = [DecodeOutput(self._decode(item.slot, item.position)) for item in step.batch.decodes]
-        prefills = [
-            PrefillOutput(self._prefill(item.slot, item.token_ids, item.start, sample=item.sample))
-            for item in step.batch.prefills
-        ]
+        # All of it, so that the step that is already planned behind this one finds its slots where it expects them.
+        output = self._memory.execute(step, nan=self.nan_requests, damaged=number in self.fail_at)
         if self.step_s:
             time.sleep(self.step_s)
         if self._clock is not None:
             self._clock[0] = time.perf_counter()
-        # Last, so that the step that is already planned behind this one finds its slots where it expects them.
         if number in self.fail_at:
             raise RuntimeError(f"step {number} was told to fail")
-        return finished(StepOutput(decodes, prefills))
+        return finished(output)
 
     def close(self) -> None:
         self.is_closed = True
@@ -171,54 +112,6 @@ class FakeExecutor:
 
     def memory_usage(self) -> MemoryUsage:
         return MemoryUsage(weights=0, kv_cache=0)
-
-    def _decode(self, number: int, position: int) -> SampledToken:
-        slot = self._slots[number]
-        assert slot.length == position, f"slot {number} holds {slot.length} tokens, and decodes at {position}"
-        return self._sample(slot, self._write(slot, [slot.last_token or TokenId(0)], position))
-
-    def _prefill(self, number: int, token_ids: list[TokenId], start: int, *, sample: bool) -> SampledToken | None:
-        slot = self._slots[number]
-        if slot.length is None:
-            self._take_over_prefix(slot, start)
-        assert token_ids, f"slot {number} prefills no tokens"
-        assert slot.length == start, f"slot {number} holds {slot.length} tokens, and prefills from {start}"
-        digest = self._write(slot, token_ids, start)
-        return self._sample(slot, digest) if sample else None
-
-    def _take_over_prefix(self, slot: _Slot, length: int) -> None:
-        size = self._block_size
-        for start in range(0, length, size):
-            page = slot.pages[start // size]
-            entries = self._digests[page * size : page * size + min(size, length - start)]
-            known = [entry for entry in entries if entry is not None]
-            assert len(known) == len(entries), f"page {page} came from others, but does not hold what they computed"
-            slot.heads.append(known[0])
-        slot.length = length
-
-    def _write(self, slot: _Slot, token_ids: list[TokenId], start: int) -> int:
-        """The digest of all tokens of the slot, once these stand at ``start`` and after."""
-        size, pages, digests = self._block_size, slot.pages, self._digests
-        assert start + len(token_ids) <= len(pages) * size, f"{slot.request_id} has no page for its tokens"
-        for page, head in zip(pages, slot.heads, strict=False):
-            assert digests[page * size] == head, f"page {page} of {slot.request_id} was overwritten by another"
-        before = digests[pages[(start - 1) // size] * size + (start - 1) % size] if start else 0
-        assert before is not None, f"{slot.request_id} reads a position that was never written"
-        digest = before
-        for position, token_id in enumerate(token_ids, start):
-            digest = _digest(digest, token_id)
-            digests[pages[position // size] * size + position % size] = digest
-            if position % size == 0:
-                slot.heads.append(digest)
-        slot.length = start + len(token_ids)
-        return digest
-
-    def _sample(self, slot: _Slot, digest: int) -> SampledToken:
-        if slot.request_id in self.nan_requests:
-            slot.last_token = None
-            return SampledToken(None, error=BackendError("the model's logits are not numbers (NaN) for this request"))
-        slot.last_token = self._answer(digest if slot.sample_index == 0 else _digest(digest, slot.sample_index))
-        return SampledToken(slot.last_token)
 
 
 class ByteTokenizer:
@@ -283,7 +176,3 @@ def _bytes(token_id: TokenId, skip_special_tokens: bool) -> bytes:
     if token_id == EOS:
         return b"" if skip_special_tokens else b"<eos>"
     return bytes([token_id])
-
-
-def _digest(before: int, token_id: int) -> int:
-    return zlib.crc32(token_id.to_bytes(4, "little"), before)

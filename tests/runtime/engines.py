@@ -10,7 +10,8 @@ import anyio.lowlevel
 from ferrum_rt.interfaces.config import EngineConfig, build_config
 from ferrum_rt.runtime.loader import LoadedModel
 from ferrum_rt.runtime.runtime import Runtime
-from tests.fakes.executor import FakeExecutor, expected_tokens, fake_model
+from ferrum_rt.runtime.simulation.digests import expected_tokens
+from tests.fakes.executor import FakeExecutor, fake_model
 
 
 @asynccontextmanager

@@ -12,7 +12,8 @@ from ferrum_rt.interfaces.scheduler import BatchHint, BatchPlan, SequenceRequest
 from ferrum_rt.interfaces.types import ClientId, FinishReason, Priority, RequestId, TokenId
 from ferrum_rt.runtime.pages import PagedKvCache
 from ferrum_rt.runtime.scheduler import UnifiedScheduler
-from tests.fakes.executor import FakeExecutor, expected_tokens
+from ferrum_rt.runtime.simulation.digests import expected_tokens
+from tests.fakes.executor import FakeExecutor
 
 PROMPT = [TokenId(65), TokenId(66), TokenId(67)]
 

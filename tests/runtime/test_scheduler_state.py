@@ -7,7 +7,7 @@ import pytest
 
 from ferrum_rt.interfaces.scheduler import SavedState
 from ferrum_rt.interfaces.types import ClientId, FinishReason, Priority
-from tests.fakes.executor import expected_tokens
+from ferrum_rt.runtime.simulation.digests import expected_tokens
 from tests.runtime.schedules import Schedule
 
 

@@ -1,0 +1,242 @@
+"""ferrum-rt simulate: what an engine would make of a workload, in virtual time."""
+
+import argparse
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from ferrum_rt.cli.options import UsageError, add_json_option
+from ferrum_rt.cli.output import table
+from ferrum_rt.interfaces.config import EngineConfig, build_config, load_config
+from ferrum_rt.runtime.simulation.capacity import simulate_capacity
+from ferrum_rt.runtime.simulation.engine import CostModel
+from ferrum_rt.runtime.simulation.reports import CapacityReport, ClientReport, Level, Objectives, Percentiles
+from ferrum_rt.runtime.simulation.workload import Arrival, Arrivals, ClientShare, Sizes, Workload, read_trace
+
+# An option → the part and the field of the configuration that it stands for.
+_ENGINE = {
+    "slots": ("scheduler", "max_running_requests"),
+    "queue": ("scheduler", "max_waiting_requests"),
+    "pages": ("kv_cache", "num_pages"),
+    "block_size": ("kv_cache", "block_size"),
+    "max_batched_tokens": ("batching", "max_batched_tokens"),
+    "max_model_len": ("model", "max_model_len"),
+}
+# Options of the workload, which a trace has of its own; left out they are these.
+_DRAWN: dict[str, object] = {
+    "requests": 1000,
+    "arrivals": "poisson",
+    "rate": 1.0,
+    "burstiness": 3.0,
+    "period": 600.0,
+    "amplitude": 0.8,
+    "prompt_tokens": "lognormal:512,512",
+    "output_tokens": "lognormal:128,128",
+    "client": None,
+    "deadline": None,
+    "seed": 0,
+}
+
+
+def add_simulate_options(parser: argparse.ArgumentParser) -> None:
+    _add_workload_options(parser.add_argument_group("the workload"))
+    engine = parser.add_argument_group("the engine")
+    engine.add_argument("--config", metavar="FILE.toml", type=Path, help="a configuration, which the options overrule")
+    engine.add_argument("--slots", metavar="N", type=int, help="scheduler.max_running_requests")
+    engine.add_argument("--queue", metavar="N", type=int, help="scheduler.max_waiting_requests; past it one is refused")
+    engine.add_argument("--pages", metavar="N", type=int, help="kv_cache.num_pages; left out: enough for all slots")
+    engine.add_argument("--block-size", metavar="N", type=int, help="kv_cache.block_size, tokens of a page")
+    engine.add_argument("--max-batched-tokens", metavar="N", type=int, help="batching.max_batched_tokens, of a step")
+    engine.add_argument("--max-model-len", metavar="N", type=int, help="longer requests are refused; left out: none is")
+    costs, default = parser.add_argument_group("what a step takes"), CostModel()
+    for name, seconds, unit, what in (
+        ("--step-ms", default.base_s * 1e3, "MS", "every step"),
+        ("--token-us", default.token_s * 1e6, "US", "and for each token that is computed"),
+        ("--sequence-us", default.sequence_s * 1e6, "US", "and for each sequence"),
+        ("--context-ns", default.context_s * 1e9, "NS", "and for each token of context that is attended to"),
+    ):
+        value = round(seconds, 6)
+        costs.add_argument(name, metavar=unit, type=float, default=value, help=f"{what} (default: {value:g})")
+    report = parser.add_argument_group("the report")
+    report.add_argument("--ttft-slo", metavar="S", type=float, default=math.inf, help="a first token should come within S")
+    report.add_argument("--itl-slo", metavar="S", type=float, default=math.inf, help="the others S apart, on average")
+    report.add_argument("--plot", metavar="FILE", type=Path, help="draw a picture: .png, .svg, .pdf or .html")
+    add_json_option(report)
+
+
+def _add_workload_options(group: "argparse._ArgumentGroup") -> None:
+    shown = {name: f"(default: {value})" for name, value in _DRAWN.items()}
+    group.add_argument("--requests", metavar="N", type=int, help=f"how many {shown['requests']}")
+    group.add_argument(
+        "--arrivals", choices=["constant", "poisson", "bursty", "seasonal"], help=f"how they come {shown['arrivals']}"
+    )
+    group.add_argument("--rate", metavar="R", type=float, help=f"requests a second {shown['rate']}")
+    group.add_argument(
+        "--burstiness", metavar="CV", type=float, help=f"of bursty: 1 is Poisson, more are bursts {shown['burstiness']}"
+    )
+    group.add_argument("--period", metavar="S", type=float, help=f"of seasonal, in seconds {shown['period']}")
+    group.add_argument("--amplitude", metavar="A", type=float, help=f"of seasonal, from 0 to 1 {shown['amplitude']}")
+    sizes = "N, uniform:LEAST,MOST, normal:MEAN,SD or lognormal:MEAN,SD"
+    group.add_argument("--prompt-tokens", metavar="D", help=f"{sizes} {shown['prompt_tokens']}")
+    group.add_argument("--output-tokens", metavar="D", help=f"likewise {shown['output_tokens']}")
+    group.add_argument(
+        "--shared-prefix", metavar="N", type=int, default=0, help="a client's prompts start with the same N tokens"
+    )
+    group.add_argument(
+        "--client", metavar="NAME=SHARE[:PRIORITY]", action="append", help="may be given again; one client if left out"
+    )
+    group.add_argument("--deadline", metavar="S", type=float, help="of each request, in seconds from its arrival")
+    group.add_argument("--seed", metavar="S", type=int, help=f"the same seed gives the same requests {shown['seed']}")
+    group.add_argument(
+        "--trace",
+        metavar="FILE.jsonl",
+        type=Path,
+        help="these requests: a line each with arrival_s, prompt_tokens, output_tokens, client, priority, deadline_s",
+    )
+
+
+def simulate(arguments: argparse.Namespace) -> int:
+    """Print the report. Raises UsageError, and ConfigError."""
+    if arguments.plot is not None:
+        from ferrum_rt.cli.simulate_plot import check_plot  # it says at once what is missing
+
+        check_plot(arguments.plot)
+    config, costs = _engine(arguments), _costs(arguments)
+    objectives = Objectives(ttft_s=_positive(arguments, "ttft_slo"), itl_s=_positive(arguments, "itl_slo"))
+    if arguments.shared_prefix < 0:
+        raise UsageError(f"argument --shared-prefix: must be at least 0, got {arguments.shared_prefix}")
+    result = simulate_capacity(_arrivals(arguments), config, costs, objectives, shared_prefix=arguments.shared_prefix)
+    if arguments.plot is not None:
+        from ferrum_rt.cli.simulate_plot import plot
+
+        plot(result, arguments.plot)
+    print(msgspec.json.encode(result.report).decode() if arguments.json else _as_text(result.report))
+    return 0
+
+
+def _arrivals(arguments: argparse.Namespace) -> list[Arrival]:
+    given = {name: value for name in _DRAWN if (value := getattr(arguments, name)) is not None}
+    if arguments.trace is not None:
+        for name in given:
+            raise UsageError(f"argument --{name.replace('_', '-')}: not with --trace, which says what requests there are")
+        return read_trace(arguments.trace)
+    for name in ("requests", "deadline"):
+        if name in given:
+            _positive(arguments, name)
+    drawn = argparse.Namespace(**_DRAWN | given)
+    workload = Workload(
+        arrivals=Arrivals(
+            kind=drawn.arrivals,
+            rate=drawn.rate,
+            burstiness=drawn.burstiness,
+            period_s=drawn.period,
+            amplitude=drawn.amplitude,
+        ),
+        prompt=Sizes.parse(drawn.prompt_tokens),
+        output=Sizes.parse(drawn.output_tokens),
+        clients=[ClientShare.parse(text) for text in drawn.client or ()] or [ClientShare()],
+        deadline_s=drawn.deadline,
+    )
+    return workload.draw(drawn.requests, drawn.seed)
+
+
+def _engine(arguments: argparse.Namespace) -> EngineConfig:
+    fields: dict[str, dict[str, int]] = {}
+    for name, (part, field) in _ENGINE.items():
+        if (value := getattr(arguments, name)) is not None:
+            fields.setdefault(part, {})[field] = value
+    base = None if arguments.config is None else load_config(arguments.config)
+    max_model_len = fields.pop("model", {}).get("max_model_len")
+    return build_config(None, base, fields if max_model_len is None else {**fields, "max_model_len": max_model_len})
+
+
+def _costs(arguments: argparse.Namespace) -> CostModel:
+    values = (arguments.step_ms, arguments.token_us, arguments.sequence_us, arguments.context_ns)
+    if not all(0 <= value < math.inf for value in values) or not any(values):
+        raise UsageError("--step-ms, --token-us, --sequence-us and --context-ns: must be at least 0, one of them more")
+    return CostModel(
+        base_s=arguments.step_ms / 1e3,
+        token_s=arguments.token_us / 1e6,
+        sequence_s=arguments.sequence_us / 1e6,
+        context_s=arguments.context_ns / 1e9,
+    )
+
+
+def _positive(arguments: argparse.Namespace, name: str) -> float:
+    value: float = getattr(arguments, name)
+    if not value > 0:
+        raise UsageError(f"argument --{name.replace('_', '-')}: must be more than 0, got {value:g}")
+    return value
+
+
+# -- the report -----------------------------------------------------------------------------------------------------------
+
+
+def _as_text(report: CapacityReport) -> str:
+    facts = "\n".join(f"{name:<18}{value}" for name, value in _facts(report))
+    clients = report.clients if len(report.clients) > 1 else []
+    header = (
+        "client",
+        "requests",
+        "finished",
+        "tokens",
+        "share",
+        "TTFT p50",
+        "p90",
+        "p99",
+        "ITL p50",
+        "p90",
+        "p99",
+        "in SLO",
+    )
+    return f"{facts}\n\n{table(header, [_row(client) for client in (*clients, report.total)])}"
+
+
+def _facts(report: CapacityReport) -> Iterator[tuple[str, str]]:
+    engine, objectives = report.engine, report.objectives
+    yield (
+        "engine",
+        f"{engine.slots} slots, {engine.pages} pages of {engine.block_size}, {engine.max_batched_tokens} tokens a step",
+    )
+    yield "requests", f"{report.requests}: finished {report.finished}, refused {report.refused}, late {report.late}"
+    yield "time", f"{report.seconds:.1f} s, {report.steps} steps, busy {report.busy:.1%}"
+    yield "tokens", f"prompt {report.prompt_tokens}, cached {report.cached_tokens}, output {report.output_tokens}"
+    yield "output tokens/s", f"{report.output_tokens_per_s:.1f}"
+    yield "waiting", _level(report.waiting)
+    yield "running", f"{_level(report.running)}, of {engine.slots}"
+    yield "pages", f"{_level(report.pages)}, of {engine.pages}"
+    yield "preemptions", str(report.preemptions)
+    yield "SLO", f"TTFT {_bound(objectives.ttft_s)}, ITL {_bound(objectives.itl_s)}"
+
+
+def _level(level: Level) -> str:
+    return f"mean {level.mean:.1f}, most {level.most}"
+
+
+def _bound(seconds: float) -> str:
+    return "any" if seconds == math.inf else f"{seconds:g} s"
+
+
+def _row(client: ClientReport) -> list[str]:
+    return [
+        client.client,
+        str(client.requests),
+        str(client.finished),
+        str(client.output_tokens),
+        f"{client.share:.1%}",
+        *_percentiles(client.ttft_s),
+        *_percentiles(client.itl_s),
+        f"{client.attainment:.1%}",
+    ]
+
+
+def _percentiles(found: Percentiles) -> list[str]:
+    return [_seconds(found.p50), _seconds(found.p90), _seconds(found.p99)]
+
+
+def _seconds(value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.2f} s"

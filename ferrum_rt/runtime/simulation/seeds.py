@@ -1,0 +1,343 @@
+"""Random lives of a small engine: everything in one follows from its seed.
+
+Each seed draws an engine, and which faults there are and how often; so that some seeds have many of one kind, and others
+none. Slots, pages and the step's budget are few.
+"""
+
+import enum
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from random import Random
+
+import msgspec
+
+from ferrum_rt.interfaces.config import ClientPolicy, SchedulerConfig
+from ferrum_rt.interfaces.errors import BackendError, EngineFailed, FerrumError
+from ferrum_rt.interfaces.model_executor import StepInput, StepOutput
+from ferrum_rt.interfaces.sampler import SamplingConfig
+from ferrum_rt.interfaces.scheduler import BatchPlan, SequenceRequest, SequenceUpdate
+from ferrum_rt.interfaces.types import ClientId, Priority, RequestId, TokenId
+from ferrum_rt.runtime.pages import PagedKvCache
+from ferrum_rt.runtime.scheduler import UnifiedScheduler
+from ferrum_rt.runtime.simulation.checks import Checker
+from ferrum_rt.runtime.simulation.digests import DigestMemory, WrongStep, expected_tokens
+from ferrum_rt.runtime.simulation.engine import CostModel, SimulatedEngine
+from ferrum_rt.runtime.simulation.policies import PolicyChecks, Promises
+from ferrum_rt.runtime.simulation.violation import Invariant, Violation
+from ferrum_rt.runtime.waiting import INPUT_WEIGHT, OUTPUT_WEIGHT
+
+EOS = TokenId(0)
+MAX_TURNS = 20_000
+MAX_BARREN_STEPS = 400  # a prompt takes 40 at most, and half a dozen of them may be computed to find which one fails
+COSTS = CostModel()
+CLIENTS = tuple(ClientId(name) for name in ("ada", "bob", "cyd"))
+DAY_S = 86_400.0
+PROMISES = Promises(isolates=True, drops_early=True, max_lead=math.inf, max_barren_steps=MAX_BARREN_STEPS)
+"""Of the scheduler as it is; the lead that a client may have is each engine's own."""
+
+
+class Fault(enum.Enum):
+    """What can go wrong. A request that is *guilty* makes every step fail that it has a part in."""
+
+    CANCEL = enum.auto()
+    CANCEL_SAMPLE = enum.auto()
+    CANCEL_ENDED = enum.auto()
+    PARK = enum.auto()
+    NAN = enum.auto()
+    GUILTY = enum.auto()
+    STEP_FAILS = enum.auto()
+    STALL = enum.auto()
+    DEADLINE = enum.auto()
+    CLOCK_JUMP = enum.auto()
+
+
+# Done by callers, at any moment when the loop awaits; the other faults happen to a step or are a request's own.
+_ACTIONS = (Fault.CANCEL, Fault.CANCEL_SAMPLE, Fault.CANCEL_ENDED, Fault.PARK, Fault.NAN, Fault.GUILTY, Fault.CLOCK_JUMP)
+# How likely each fault may be: none of that kind, or once in so many chances.
+_RATES = (0.0, 0.0, 0.01, 0.04, 0.15)
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One seed's engine. ``activity`` is how likely a caller does something when the loop awaits, ``rates`` how likely that,
+    or a step, or a request, is each fault."""
+
+    num_slots: int
+    num_pages: int
+    block_size: int
+    max_model_len: int
+    max_batched_tokens: int
+    prefix_caching: bool
+    num_requests: int
+    activity: float
+    rates: dict[Fault, float]
+    policies: SchedulerConfig
+
+    @property
+    def max_lead(self) -> float:
+        """Weighted tokens by which one client may be ahead of another that waits too: a prompt, and outputs that fill the
+        pages, of the client with the least weight."""
+        return INPUT_WEIGHT * self.max_model_len + OUTPUT_WEIGHT * self.num_pages * self.block_size
+
+    @classmethod
+    def draw(cls, rng: Random) -> "Scenario":
+        num_slots, block_size, max_len = rng.randint(1, 5), rng.choice((1, 2, 4)), rng.randint(8, 40)
+        least = -(-max_len // block_size)
+        return cls(
+            num_slots=num_slots,
+            num_pages=least + rng.randint(0, least),
+            block_size=block_size,
+            max_model_len=max_len,
+            max_batched_tokens=num_slots + rng.choice((0, 3, 8, 20)),
+            prefix_caching=rng.random() < 0.9,
+            num_requests=rng.randint(10, 60),
+            activity=rng.choice((0.1, 0.3, 0.5)),
+            rates={fault: rng.choice(_RATES) / (10 if fault is Fault.CLOCK_JUMP else 1) for fault in Fault},
+            policies=SchedulerConfig(
+                ageing_steps=rng.choice((5, 50)),
+                itl_target_s=COSTS.base_s * rng.choice((1.01, 2, 100)),
+                min_prefill_tokens=rng.randint(1, 4),
+                clients={"ada": ClientPolicy(weight=rng.choice((1.0, 3.0)))},
+            ),
+        )
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """A seed that violated nothing. ``log`` is the hash of all events; ``longest_wait`` is in steps."""
+
+    seed: int
+    steps: int
+    requests: int
+    longest_wait: int
+    log: str
+
+
+def run_seed(
+    seed: int,
+    promises: Promises = PROMISES,
+    *,
+    scheduler_type: type[UnifiedScheduler] = UnifiedScheduler,
+    cache_type: type[PagedKvCache] = PagedKvCache,
+    again: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> Outcome:
+    """Live one seed to its end, with ``again`` once more; raises Violation. ``say`` gets a line for each event."""
+    outcome = _live(seed, promises, scheduler_type, cache_type, EventLog(say))
+    if again and _live(seed, promises, scheduler_type, cache_type, EventLog(None)) != outcome:
+        raise Violation(Invariant.SAME_LOG, "its second life was another", seed, outcome.steps)
+    return outcome
+
+
+def _live(
+    seed: int,
+    promises: Promises,
+    scheduler_type: type[UnifiedScheduler],
+    cache_type: type[PagedKvCache],
+    log: "EventLog",
+) -> Outcome:
+    rng = Random(seed)
+    scenario = Scenario.draw(rng)
+    log.add("engine", str(scenario))
+    cache = cache_type(scenario.num_pages, scenario.block_size, prefix_caching=scenario.prefix_caching)
+    scheduler = scheduler_type(
+        cache,
+        num_pages=scenario.num_pages,
+        num_slots=scenario.num_slots,
+        max_model_len=scenario.max_model_len,
+        config=scenario.policies,
+    )
+    if promises.max_lead is not None:
+        promises = msgspec.structs.replace(promises, max_lead=scenario.max_lead)
+    checker = Checker(scheduler, cache, PolicyChecks(promises), max_tokens=scenario.max_batched_tokens)
+    world = RandomWorld(scenario, scheduler, checker, rng, log)
+    try:
+        world.run()
+    except Violation as violation:
+        violation.seed, violation.step = seed, checker.step
+        raise
+    return Outcome(seed, world.engine.num_steps, scenario.num_requests, checker.policies.longest_wait, log.hexdigest())
+
+
+class EventLog:
+    """A hash of everything that went into the scheduler and came out of it, in order; ``say`` gets it as lines."""
+
+    def __init__(self, say: Callable[[str], None] | None) -> None:
+        self._say = say
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def add(self, *event: object) -> None:
+        self._hash.update(_ENCODER.encode(event))
+        if self._say is not None:
+            self._say("  ".join(str(part) for part in event))
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+class RandomWorld:
+    """The callers of one seed's engine, and its executor: a World."""
+
+    def __init__(
+        self, scenario: Scenario, scheduler: UnifiedScheduler, checker: Checker, rng: Random, log: EventLog
+    ) -> None:
+        self.engine = SimulatedEngine(scheduler, self, self._step_s, max_batched_tokens=scenario.max_batched_tokens)
+        self._scenario, self._scheduler, self._checker, self._rng = scenario, scheduler, checker, rng
+        self._log = log
+        self._memory = DigestMemory(scenario.num_slots, scenario.num_pages, scenario.block_size, _answer)
+        self._text = [TokenId(rng.randint(1, 9)) for _ in range(scenario.max_model_len)]
+        self._num_submitted = 0
+        self._parked: set[RequestId] = set()
+        self._nan: set[RequestId] = set()
+        self._guilty: set[RequestId] = set()
+        self._weights = list(accumulate([0.3, *(scenario.rates[fault] for fault in _ACTIONS)]))
+
+    def run(self) -> None:
+        """To the end of all requests. Raises Violation."""
+        checker, turns = self._checker, 0
+        try:
+            while self.engine.turn():
+                checker.check(self.engine.num_steps)
+                for counters in self._scheduler.backlogs():
+                    checker.policies.check_fair(counters)
+                turns += 1
+                if turns > MAX_TURNS:
+                    raise Violation(Invariant.ONE_END, f"not at an end after {MAX_TURNS} turns: {', '.join(checker.live)}")
+            checker.finish()
+        except Violation:
+            raise
+        except WrongStep as error:
+            raise Violation(Invariant.STEP, str(error)) from error
+        except EngineFailed as error:
+            raise Violation(Invariant.LEDGER, str(error)) from error
+        except Exception as error:  # whatever it is, the scheduler must not raise it
+            raise Violation(Invariant.NO_CRASH, repr(error)) from error
+
+    # -- the World ----------------------------------------------------------------------------------------------------
+
+    def pause(self, until: float) -> None:
+        rng, activity = self._rng, self._scenario.activity
+        if not self._checker.live:  # an idle engine finds no faults
+            self._submit()
+        while rng.random() < activity:
+            number = rng.choices(range(len(self._weights)), cum_weights=self._weights)[0]
+            self._submit() if number == 0 else self._act(_ACTIONS[number - 1])
+
+    def next_event(self) -> float | None:
+        has_more = self._num_submitted < self._scenario.num_requests or self._parked
+        return self.engine.now + COSTS.base_s if has_more else None
+
+    def execute(self, plan: BatchPlan) -> StepOutput:
+        rows = self._checker.planned(plan.step)
+        self._checker.expired(self.engine.expired_at)
+        fails = self._rng.random() < self._scenario.rates[Fault.STEP_FAILS] or not self._guilty.isdisjoint(rows)
+        self._log.add("step", plan.batch_id, "fails" if fails else "runs", plan.step)
+        output = self._memory.execute(plan.step, nan=self._nan, damaged=fails)
+        # A request that is alone in a step that fails cannot be told from a guilty one.
+        at_fault = self._guilty if self._checker.policies.promises.isolates and len(set(rows)) > 1 else rows
+        for request_id in rows:
+            if (fails and request_id in at_fault) or request_id in self._nan:
+                self._checker.failed(request_id)
+        if fails:
+            raise BackendError("this step was told to fail")
+        return output
+
+    def take(self, updates: list[SequenceUpdate]) -> None:
+        for update in updates:
+            self._log.add("update", update)
+            self._checker.take(update, self.engine.now)
+        self._parked.intersection_update(self._checker.live)
+
+    def _step_s(self, step: StepInput) -> float:
+        stalls = self._rng.random() < self._scenario.rates[Fault.STALL]
+        return COSTS.step_s(step.batch) * (1000 if stalls else 1)
+
+    # -- callers ------------------------------------------------------------------------------------------------------
+
+    def _act(self, fault: Fault) -> None:
+        rng, checker = self._rng, self._checker
+        if fault is Fault.CLOCK_JUMP:
+            self.engine.now += DAY_S
+            self._log.add("the clock jumps to", self.engine.now)
+        elif fault is Fault.CANCEL_ENDED:
+            self._cancel(RequestId(f"r{rng.randint(0, self._num_submitted)}"), None)
+        elif live := checker.live:
+            request_id = rng.choice(live)
+            match fault:
+                case Fault.CANCEL:
+                    self._cancel(request_id, None)
+                case Fault.CANCEL_SAMPLE if samples := checker.speaking(request_id):  # as a stop string does
+                    self._cancel(request_id, rng.choice(samples))
+                case Fault.PARK:
+                    self._park_or_unpark(request_id)
+                case Fault.NAN:
+                    self._nan.add(request_id)
+                case Fault.GUILTY:
+                    self._guilty.add(request_id)
+
+    def _submit(self) -> None:
+        scenario, rng = self._scenario, self._rng
+        if self._num_submitted == scenario.num_requests:
+            return
+        length = rng.randint(1, scenario.max_model_len - 1)
+        shared = rng.randint(0, length)
+        has_deadline = rng.random() < scenario.rates[Fault.DEADLINE]
+        request = SequenceRequest(
+            request_id=RequestId(f"r{self._num_submitted}"),
+            token_ids=self._text[:shared] + [TokenId(rng.randint(1, 9)) for _ in range(length - shared)],
+            max_tokens=rng.randint(1, min(16, scenario.max_model_len - length)),
+            sampling=_SAMPLING,
+            eos_token_ids=_ENDS,
+            priority=rng.choice(_PRIORITIES),
+            deadline=self.engine.now + rng.uniform(0, 50) * COSTS.base_s if has_deadline else None,
+            salt=rng.choice(_SALTS),
+            num_samples=rng.choice((1, 1, 1, 2, 3)),
+            client_id=rng.choice(CLIENTS),
+        )
+        self._num_submitted += 1
+        try:
+            self._scheduler.submit(request)
+        except FerrumError as error:
+            self._log.add("refused", request, type(error).__name__)
+            return
+        self._log.add("submit", request)
+        self._checker.submitted(
+            request,
+            [
+                expected_tokens(request.token_ids, request.max_tokens, _answer, sample, EOS)
+                for sample in range(request.num_samples)
+            ],
+        )
+
+    def _cancel(self, request_id: RequestId, index: int | None) -> None:
+        self._log.add("cancel", request_id, index)
+        self._checker.cancelled(request_id, index, self._scheduler.cancel(request_id, index))
+        self._parked.intersection_update(self._checker.live)
+
+    def _park_or_unpark(self, request_id: RequestId) -> None:
+        if request_id in self._parked:
+            self._log.add("unpark", request_id)
+            self._scheduler.unpark(request_id)
+            self._parked.remove(request_id)
+            self._checker.unparked(request_id)
+        elif self._num_submitted < self._scenario.num_requests:  # at the end everybody reads what is left
+            self._log.add("park", request_id)
+            self._scheduler.park(request_id)
+            self._parked.add(request_id)
+            self._checker.parked(request_id)
+
+
+def _answer(digest: int) -> TokenId:
+    """An Answer: EOS once in 24 tokens; the others hardly ever come twice."""
+    return EOS if digest % 24 == 0 else TokenId(1 + digest % 1_000_003)
+
+
+def _encode_error(value: object) -> str:
+    return type(value).__name__
+
+
+_SAMPLING, _ENDS = SamplingConfig(), frozenset({EOS})
+_PRIORITIES, _SALTS = tuple(Priority), (b"", b"another's")
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=_encode_error)

@@ -1,0 +1,165 @@
+"""Schedulers and pools with a bug, each as somebody might write it, for the simulation to find."""
+
+from collections.abc import Container
+from collections.abc import Sequence as Items
+from itertools import count
+from typing import Any
+
+from ferrum_rt.interfaces.errors import FerrumError
+from ferrum_rt.interfaces.kv_cache import KvCacheHandle
+from ferrum_rt.interfaces.sampler import SampledToken, TokenScores
+from ferrum_rt.interfaces.scheduler import BatchHint, BatchPlan, SequenceRequest, SequenceUpdate
+from ferrum_rt.interfaces.types import ClientId, RequestId, TokenId
+from ferrum_rt.runtime.pages import PagedKvCache
+from ferrum_rt.runtime.scheduler import UnifiedScheduler
+from ferrum_rt.runtime.sequence import Sequence, SequenceState
+from ferrum_rt.runtime.trials import Trials
+from ferrum_rt.runtime.waiting import WaitingQueue
+
+
+class DoubleFree(PagedKvCache):
+    """A shared page is given back once too often."""
+
+    def deallocate(self, handle: KvCacheHandle) -> None:
+        shared = [page for page in handle.table.pages if self._refcounts[page] > 1]
+        super().deallocate(handle)
+        for page in shared[:1]:
+            self._release(page)
+
+
+class LostCancel(UnifiedScheduler):
+    """A request whose token is under way is told that it is cancelled, and is not."""
+
+    def cancel(self, request_id: RequestId, index: int | None = None) -> bool:
+        if any(sequence.num_pending for sequence in self._sequences.get(request_id, ())):
+            return True
+        return super().cancel(request_id, index)
+
+
+class PublishBeforeCommit(UnifiedScheduler):
+    """Pages can be hit as soon as the step that is to write them is planned."""
+
+    def plan(self, hint: BatchHint) -> BatchPlan | None:
+        plan = super().plan(hint)
+        if plan is not None:
+            for entry in self._in_flight[-1][1]:
+                if entry.sequence.handle is entry.handle:
+                    self._cache.publish(entry.handle, entry.sequence.tokens, min(entry.end, len(entry.sequence.tokens)))
+        return plan
+
+
+class LeakedParked(UnifiedScheduler):
+    """A parked sequence that ends stays among the parked."""
+
+    def _leave_queue(self, sequence: Sequence) -> None:
+        if sequence.state is not SequenceState.PARKED:
+            super()._leave_queue(sequence)
+
+
+class SwallowedToken(UnifiedScheduler):
+    """The token that was under way when its sequence was preempted is not passed on."""
+
+    def _append(
+        self, sequence: Sequence, token_id: TokenId, sampled: SampledToken, prompt_scores: Items[TokenScores]
+    ) -> SequenceUpdate:
+        was_preempted = sequence.handle is None
+        update = super()._append(sequence, token_id, sampled, prompt_scores)
+        if was_preempted:
+            update.token_ids = []
+        return update
+
+
+class UnchainedDigests(PagedKvCache):
+    """A page is found by its own tokens, whatever stands before it."""
+
+    def _chain(self, digest: bytes, tokens: bytes) -> bytes:
+        return super()._chain(b"", tokens)
+
+
+class DeafToParkedDeadlines(UnifiedScheduler):
+    """A parked request outlives its deadline."""
+
+    def _live(self, request: SequenceRequest) -> list[Sequence]:
+        return [sequence for sequence in super()._live(request) if sequence.state is not SequenceState.PARKED]
+
+
+class WrongCulprit(UnifiedScheduler):
+    """Whoever stands first in the running batch pays for an error."""
+
+    def _fail(self, request: SequenceRequest, error: FerrumError) -> SequenceUpdate:
+        running = self._residents.running
+        return super()._fail(running[0].request if running else request, error)
+
+
+class OverBudget(UnifiedScheduler):
+    """A step has a token more than it may."""
+
+    def plan(self, hint: BatchHint) -> BatchPlan | None:
+        return super().plan(BatchHint(now=hint.now, max_tokens=hint.max_tokens + 1))
+
+
+class LongMemory(UnifiedScheduler):
+    """Every request's name is kept for ever."""
+
+    def __init__(self, cache: PagedKvCache, **fields: Any) -> None:
+        super().__init__(cache, **fields)
+        self._seen: set[RequestId] = set()
+
+    def submit(self, request: SequenceRequest) -> None:
+        super().submit(request)
+        self._seen.add(request.request_id)
+
+
+class Moody(UnifiedScheduler):
+    """Now and then a step is left out, by how many were ever planned in this process."""
+
+    _planned = count()
+
+    def plan(self, hint: BatchHint) -> BatchPlan | None:
+        return None if next(self._planned) % 7 == 0 and self._in_flight else super().plan(hint)
+
+
+class UnknownName(UnifiedScheduler):
+    """A request that has ended cannot be cancelled without a crash."""
+
+    def cancel(self, request_id: RequestId, index: int | None = None) -> bool:
+        return bool(self._sequences[request_id]) and super().cancel(request_id, index)
+
+
+class _MostServedFirst(WaitingQueue):
+    def first(self, without: Container[ClientId] = ()) -> Sequence | None:
+        for own in self._classes.values():
+            for _, client_id in reversed(own.order):
+                if client_id not in without:
+                    return own.queues[client_id][-1][1]
+        return None
+
+
+class UnfairTie(UnifiedScheduler):
+    """Of the clients that wait, the one that was served most is next."""
+
+    def __init__(self, cache: PagedKvCache, **fields: Any) -> None:
+        super().__init__(cache, **fields)
+        self._waiting = _MostServedFirst(self._clients, self._waiting.ageing_steps)
+
+
+class BlamesEverybody(UnifiedScheduler):
+    """All that were in a step that failed end with it."""
+
+    def fail(self, plan: BatchPlan, error: FerrumError) -> list[SequenceUpdate]:
+        entries = self._landed(plan).entries
+        live = {entry.sequence.request.request_id: entry.sequence.request for entry in entries if not entry.is_lost}
+        return [self._fail(request, error) for request in live.values()]
+
+
+class EndlessTrials(UnifiedScheduler):
+    """The requests of a step that failed are tried together again, however often."""
+
+    def __init__(self, cache: PagedKvCache, **fields: Any) -> None:
+        super().__init__(cache, **fields)
+        self._trials = _Unsplit()
+
+
+class _Unsplit(Trials):
+    def split(self, requests: list[list[Sequence]]) -> None:
+        super().split([[sequence for samples in requests for sequence in samples]])
