@@ -104,9 +104,7 @@ class CudaOps(ReferenceOps):
 
     def gated_activation(self, out: Tensor, gate_up: Tensor, kind: str) -> None:
         if out.shape[1] % _VECTOR:
-            raise Unsupported(
-                f"gated activations on CUDA have a multiple of {_VECTOR} columns; this model's: {out.shape[1]}"
-            )
+            raise Unsupported(f"intermediate_size {out.shape[1]}: CUDA takes a multiple of {_VECTOR}; use the device 'cpu'")
         activate = self._flashinfer.silu_and_mul if kind == "silu" else self._flashinfer.gelu_tanh_and_mul
         activate(gate_up, out)
 
