@@ -389,14 +389,15 @@ def top_k_renorm_probs(probs: Tensor, top_k: Tensor | int) -> Tensor:
 
 
 def top_p_renorm_probs(probs: Tensor, top_p: Tensor | float, is_deterministic: bool = False) -> Tensor:
-    """Of equal probabilities at the bound all are kept; with 1 everything is."""
+    """Of equal probabilities at the bound all are kept. With 1 the least likely token is lost: so rounding may have it."""
     _check_probs(probs, top_p)
     assert torch.is_tensor(top_p)
     assert top_p.dtype == torch.float32
     ordered = probs.sort(dim=-1, descending=True).values
     before = ordered.cumsum(dim=-1) - ordered
     num_kept = (before < top_p[:, None]).sum(dim=-1, keepdim=True).clamp(min=1)
-    least = torch.where(top_p[:, None] >= 1, 0.0, ordered.gather(1, num_kept - 1))
+    num_kept = torch.where(top_p[:, None] >= 1, max(1, probs.shape[1] - 1), num_kept)
+    least = ordered.gather(1, num_kept - 1)
     kept = probs.masked_fill(probs < least, 0.0)
     return kept / kept.sum(dim=-1, keepdim=True)
 

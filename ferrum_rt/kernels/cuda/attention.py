@@ -163,9 +163,9 @@ class DecodeAttention:
             )
 
     def replan(self, slots: Sequence[int], num_tokens: Sequence[int], block_tables: Tensor) -> None:
-        """Before each replay, and before capture: row i attends to the first ``num_tokens[i]`` tokens of ``slots[i]``, its
-        own among them. Does not wait for the device; the caller has waited for the step before, out of whose pinned memory
-        this writes. Rows that only pad the batch need a slot of their own with a page, and one token."""
+        """Before each replay, and before the capture: row i attends to the first ``num_tokens[i]`` tokens of ``slots[i]``,
+        its own among them. Does not wait for the device; the caller has waited for the step before, whose pinned memory this
+        writes over. Rows that only pad the batch need a slot with a page that nobody else has, and one token."""
         if len(slots) != self._num_rows:
             raise ValueError(f"slots: {len(slots)} rows for a plan of {self._num_rows}")
         setup = self._setup

@@ -94,6 +94,7 @@ class CudaOps(ReferenceOps):
         """One kernel for keys and values where FlashInfer's append takes both apart and wants each token's sequence and
         position, which ``kv_slots`` says already; for fp8 three, where it would take one conversion too."""
         if layer.data.dtype == torch.float8_e4m3fn:
+            # Not every version of torch stops at the largest value by itself; the others turn what lies beyond to NaN.
             kv = kv.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
             layer.data.view(torch.uint8).index_copy_(0, kv_slots, kv)
         else:

@@ -37,7 +37,8 @@ def draw_in_graph(logits: Tensor, params: DrawParams, flashinfer: Any = None) ->
     The ``top_k`` likeliest are kept, of them the fewest that reach ``top_p``, of them those of at least ``min_p`` times the
     likeliest: transformers' order. Of equal tokens at a bound all are kept. The uniform number is the one of
     ``kernels.sampling``, of (seed, position, sample) alone; it inverts the distribution in the order of ids, so a truncated
-    row may give another token than ``draw_truncated``: a sequence that is drawn here is drawn here at every step.
+    row may give another token than ``draw_truncated``: a sequence that is drawn here is drawn here at every step. Call it
+    once before it is captured, for FlashInfer compiles its kernels and keeps a buffer then.
     """
     flashinfer = import_flashinfer() if flashinfer is None else flashinfer
     highest, likeliest = argmax(logits)
@@ -51,9 +52,11 @@ def draw_in_graph(logits: Tensor, params: DrawParams, flashinfer: Any = None) ->
     vocab_size = logits.shape[1]
     top_k = torch.where(params.top_k > 0, params.top_k, vocab_size).clamp_(max=vocab_size).to(torch.int32)
     probs = flashinfer.top_k_renorm_probs(torch.softmax(scaled, dim=-1), top_k)
-    probs = flashinfer.top_p_renorm_probs(probs, params.top_p, is_deterministic=True)
+    nucleus = flashinfer.top_p_renorm_probs(probs, params.top_p, is_deterministic=True)
+    # A top_p of 1 would cut the tail where sums round up to the whole.
+    nucleus = torch.where(params.top_p[:, None] < 1, nucleus, probs)
     weights = scaled.exp_()  # the likeliest's is 1
-    is_cut = (probs <= 0) | (weights < params.min_p[:, None])
+    is_cut = (nucleus <= 0) | (weights < params.min_p[:, None])
     weights = F.pad(weights.masked_fill_(is_cut, 0.0), (0, -vocab_size % _BLOCK))
     drawn = pick(weights, uniform(params.seeds, params.positions, params.samples))
     return torch.where(is_sound, torch.where(is_greedy, likeliest, drawn), -1)
