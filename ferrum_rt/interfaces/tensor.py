@@ -82,7 +82,7 @@ class TensorOps(TensorFactory[T], Protocol[T]):
         ...
 
     def add_rms_norm(self, out: T, residual: T, x: T, weight: T, eps: float) -> None:
-        """residual += x, then out = rms_norm(residual)."""
+        """residual += x, then out = rms_norm(residual); ``out`` may be ``x``."""
         ...
 
     def qk_norm_rope(self, qk: T, norm_weight: T | None, eps: float, positions: T, cos_sin: T) -> None:

@@ -93,13 +93,17 @@ def log_sum_exp(x: Tensor, highest: Tensor) -> Tensor:
 
 def draw(x: Tensor, highest: Tensor, temperature: Tensor, draws: Tensor) -> Tensor:
     """Token ids [R], drawn from workspace rows whose whole vocabulary is in play. The rows are used up."""
-    weights = x.sub_(highest[:, None]).div_(temperature[:, None]).exp_()
+    return pick(x.sub_(highest[:, None]).div_(temperature[:, None]).exp_(), draws)
+
+
+def pick(weights: Tensor, draws: Tensor) -> Tensor:
+    """Columns [R], drawn in proportion to ``weights`` [R, width], the width a multiple of 128."""
     blocks = weights.unflatten(1, (-1, _BLOCK))
     cumulative = blocks.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     targets = draws * cumulative[:, -1]
     block = _invert(cumulative, targets)
     before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp_(min=0)[:, None])[:, 0], 0.0)
-    inside = blocks[torch.arange(len(x), device=x.device), block].cumsum(dim=-1, dtype=torch.float64)
+    inside = blocks[torch.arange(len(weights), device=weights.device), block].cumsum(dim=-1, dtype=torch.float64)
     return block * _BLOCK + _invert(inside, targets - before)
 
 

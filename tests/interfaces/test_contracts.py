@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ferrum_rt.interfaces.tensor import TensorFactory, TensorOps
     from ferrum_rt.interfaces.tokenizer import IncrementalTokenizer, Tokenizer, TokenizerFactory
     from ferrum_rt.kernels.cpu.ops import CpuOps
+    from ferrum_rt.kernels.cuda.ops import CudaOps
     from ferrum_rt.kernels.reference import ReferenceOps
     from ferrum_rt.runtime.detokenizer import IncrementalDecoder, WindowDecoder
     from ferrum_rt.runtime.executor import DecoderExecutor
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     _sampler: type[Sampler[torch.Tensor]] = BatchSampler
     _scheduler: type[Scheduler] = UnifiedScheduler
     _factory: type[TensorFactory[torch.Tensor]] = ReferenceOps
-    _ops: tuple[type[TensorOps[torch.Tensor]], ...] = (ReferenceOps, CpuOps)
+    _ops: tuple[type[TensorOps[torch.Tensor]], ...] = (ReferenceOps, CpuOps, CudaOps)
     _tensor: type[TensorLike] = torch.Tensor
     _tokenizer: type[Tokenizer] = HfTokenizer
     _tokenizers: type[TokenizerFactory] = HfTokenizerFactory

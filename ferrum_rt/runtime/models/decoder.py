@@ -206,16 +206,18 @@ class Decoder:
             if index == 0:
                 ops.rms_norm(x, residual, layer.attn_in_norm, eps)
             else:
-                ops.add_rms_norm(x, residual, y, layer.attn_in_norm, eps)
+                ops.add_rms_norm(y, residual, y, layer.attn_in_norm, eps)
+                x, y = y, x
             self._attention(y, x, layer, cache[index], batch, plan)
             if layer.attn_out_norm is not None:
                 ops.rms_norm(y, y, layer.attn_out_norm, eps)
-            ops.add_rms_norm(x, residual, y, layer.mlp_in_norm, eps)
+            ops.add_rms_norm(y, residual, y, layer.mlp_in_norm, eps)
+            x, y = y, x
             self._mlp(y, x, layer.mlp)
             if layer.mlp_out_norm is not None:
                 ops.rms_norm(y, y, layer.mlp_out_norm, eps)
-        ops.add_rms_norm(x, residual, y, self.weights.norm, eps)
-        return x
+        ops.add_rms_norm(y, residual, y, self.weights.norm, eps)
+        return y
 
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """[R, vocabulary] for these rows of ``hidden``, valid until the next call."""
