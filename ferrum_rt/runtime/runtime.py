@@ -1,5 +1,6 @@
 """The runtime: opens the channels and the tasks, takes requests in, and closes everything again."""
 
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
@@ -10,8 +11,6 @@ from typing import Unpack
 
 import anyio
 import anyio.lowlevel
-from anyio.abc import TaskStatus
-from anyio.streams.memory import MemoryObjectReceiveStream
 
 from ferrum_rt.interfaces.config import ConfigFields, EngineConfig, build_config
 from ferrum_rt.interfaces.engine import ChunkSink
@@ -48,6 +47,7 @@ from ferrum_rt.interfaces.types import (
 from ferrum_rt.runtime.chunk_stream import ChunkStream
 from ferrum_rt.runtime.engine import EngineLoop
 from ferrum_rt.runtime.generation import Generation
+from ferrum_rt.runtime.lag import LoopLag
 from ferrum_rt.runtime.loader import LoadedModel, load_model
 from ferrum_rt.runtime.pages import PagedKvCache
 from ferrum_rt.runtime.resolve import EncodedRequest, compile_grammar, encode, has_text, is_constrained, resolve
@@ -88,6 +88,9 @@ class Runtime:
         self._active: dict[RequestId, Generation] = {}
         self._counts = dict.fromkeys(("finished", "failed", "cancelled", "rejected"), 0)
         self._idle = anyio.Event()
+        self._tasks_scope = anyio.CancelScope()
+        self._lag = LoopLag()
+        self._process_id = os.getpid()
         self._exit_stack = AsyncExitStack()
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -95,21 +98,25 @@ class Runtime:
     async def __aenter__(self) -> "Runtime":
         async with AsyncExitStack() as stack:
             closing = stack.enter_context(ExitStack())  # after the threads have ended
-            executor_thread = await stack.enter_async_context(Worker("ferrum-executor"))
-            self._tokenizer_thread = await stack.enter_async_context(Worker("ferrum-tokenizer"))
-            self._compiler_thread = await stack.enter_async_context(Worker("ferrum-grammar-compiler"))
-            self._model = await executor_thread.run(lambda: self._load(self._config))
-            closing.callback(self._model.executor.close)
-            self._executor_thread = executor_thread
+            self._executor_thread = await stack.enter_async_context(Worker("ferrum-executor", self._lag))
+            self._tokenizer_thread = await stack.enter_async_context(Worker("ferrum-tokenizer", self._lag))
+            self._compiler_thread = await stack.enter_async_context(Worker("ferrum-grammar-compiler", self._lag))
+            await self._executor_thread.run(partial(self._load_model, closing))
+            self._set_up(stack)
             tasks = await stack.enter_async_context(anyio.create_task_group())
-            self._tasks_scope: anyio.CancelScope = await tasks.start(self._run, name="ferrum runtime")
+            # Not tasks.start: where asyncio cancels a task that has not begun, that waits for ever (anyio 4.16).
+            tasks.start_soon(self._run, name="ferrum runtime")
             self._exit_stack = stack.pop_all()
         self._state = EngineState.READY
         return self
 
-    async def _run(self, *, task_status: TaskStatus[anyio.CancelScope]) -> None:
-        """The tasks, in a group of their own: cancelling it does not touch the caller's task, and a fault of ours ends
-        every request with EngineFailed instead of ending the host's program."""
+    def _load_model(self, closing: ExitStack) -> None:
+        """In the executor's thread. It may come to its end although nobody waits for it any more."""
+        self._model = self._load(self._config)
+        closing.callback(self._model.executor.close)
+
+    def _set_up(self, stack: AsyncExitStack) -> None:
+        """What the tasks work with. ``stack`` closes the channels, for the tasks may not even begin."""
         config, executor = self._config, self._model.executor
         self._cache = PagedKvCache(
             executor.num_pages, config.kv_cache.block_size, prefix_caching=config.kv_cache.prefix_caching
@@ -121,9 +128,15 @@ class Runtime:
             max_model_len=executor.model_info.max_model_len,
         )
         self._capacity = config.scheduler.max_running_requests + config.scheduler.max_waiting_requests
-        self._to_tokenizer, admitted = anyio.create_memory_object_stream[Generation](self._capacity)
-        self._to_compiler, encoded = anyio.create_memory_object_stream[tuple[Generation, EncodedRequest]](self._capacity)
-        to_detokenizer, updates = anyio.create_memory_object_stream[list[SequenceUpdate]](1)
+        self._to_tokenizer, self._admitted = anyio.create_memory_object_stream[Generation](self._capacity)
+        self._to_compiler, self._encoded = anyio.create_memory_object_stream[tuple[Generation, EncodedRequest]](
+            self._capacity
+        )
+        to_detokenizer, self._updates = anyio.create_memory_object_stream[list[SequenceUpdate]](1)
+        for sending in (self._to_tokenizer, self._to_compiler, to_detokenizer):
+            stack.enter_context(sending)
+        for receiving in (self._admitted, self._encoded, self._updates):
+            stack.enter_context(receiving)
         self._engine = EngineLoop(
             self._scheduler,
             executor,
@@ -132,21 +145,28 @@ class Runtime:
             max_batched_tokens=config.batching.max_batched_tokens,
             on_start=self._started,
         )
-        # Closed here and not by the tasks, which do not even begin if the engine is closed as soon as it is open.
-        with self._to_tokenizer, admitted, self._to_compiler, encoded, to_detokenizer, updates:
-            try:
+
+    async def _run(self) -> None:
+        """The tasks, in a scope and a group of their own: cancelling them does not touch the caller's task, and a fault of
+        ours ends every request with EngineFailed instead of ending the host's program."""
+        try:
+            with self._tasks_scope:
                 async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(self._tokenize, admitted, name="ferrum tokenizer")
-                    tasks.start_soon(self._compile, encoded, name="ferrum grammar compiler")
+                    tasks.start_soon(self._tokenize, name="ferrum tokenizer")
+                    tasks.start_soon(self._compile, name="ferrum grammar compiler")
                     tasks.start_soon(self._engine.run, name="ferrum engine")
-                    tasks.start_soon(self._detokenize, updates, name="ferrum detokenizer")
-                    task_status.started(tasks.cancel_scope)
-            except Exception as error:
-                self._break(error)
+                    tasks.start_soon(self._detokenize, name="ferrum detokenizer")
+        except Exception as error:
+            self._break(error)
+        except anyio.get_cancelled_exc_class():
+            if self._state is EngineState.READY:  # somebody has cancelled every task that there is
+                self._break(EngineFailed("the engine's tasks were cancelled"))
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._is_forked:
+            return  # tasks, threads and pages are the parent's
         try:
             if kind is None:
                 await self.shutdown()
@@ -158,12 +178,17 @@ class Runtime:
 
     async def shutdown(self) -> None:
         """Refuse new requests, let those under way finish for ``scheduler.drain_s`` seconds, cancel the rest."""
-        if self._state in (EngineState.READY, EngineState.FAILED):
+        if self._state in (EngineState.READY, EngineState.FAILED) and not self._is_forked:
             self._state = EngineState.DRAINING
             if self._active:
                 with anyio.move_on_after(self._config.scheduler.drain_s):
                     await self._idle.wait()
             self._stop()
+
+    @property
+    def _is_forked(self) -> bool:
+        """This is a copy in a child process, which has none of the threads."""
+        return os.getpid() != self._process_id
 
     def _stop(self) -> None:
         self._state = EngineState.STOPPED
@@ -238,6 +263,8 @@ class Runtime:
     def start(self, request: InferenceRequest, sink: ChunkSink) -> Generation:
         """Admit a request that ``build_request`` made; its chunks go to ``sink``, then its error if it has one, and then the
         sink is closed. Raises the FerrumError of a request that is not admitted, without touching the sink."""
+        if self._is_forked:
+            raise EngineFailed(f"this engine is that of process {self._process_id}; open one of its own in a forked process")
         if self._failure is not None:
             raise self._failure
         if self._state is not EngineState.READY:
@@ -286,6 +313,8 @@ class Runtime:
             step_s=counters.step_s,
             host_s=counters.host_s,
             scheduler=self._scheduler.statistics(),
+            loop_lag_s=self._lag.total_s,
+            max_loop_lag_s=self._lag.max_s,
         )
 
     async def status(self) -> EngineStatus:
@@ -327,11 +356,11 @@ class Runtime:
 
     # -- a request's way through --------------------------------------------------------------------------------------
 
-    async def _tokenize(self, admitted: MemoryObjectReceiveStream[Generation]) -> None:
-        async for first in admitted:
+    async def _tokenize(self) -> None:
+        async for first in self._admitted:
             batch = [first]
-            while len(batch) < _TOKENIZE_AT_ONCE and admitted.statistics().current_buffer_used:
-                batch.append(admitted.receive_nowait())
+            while len(batch) < _TOKENIZE_AT_ONCE and self._admitted.statistics().current_buffer_used:
+                batch.append(self._admitted.receive_nowait())
             waiting = [generation for generation in batch if not generation.is_finished]
             results = await self._encode([generation.request for generation in waiting])
             for generation in batch:
@@ -370,9 +399,9 @@ class Runtime:
         except Exception as error:  # whatever a tokenizer or a template makes of this prompt, it is this request's
             return _failure(TokenizerError, "the prompt cannot be encoded", error)
 
-    async def _compile(self, encoded: MemoryObjectReceiveStream[tuple[Generation, EncodedRequest]]) -> None:
+    async def _compile(self) -> None:
         """Grammars, one after the other; requests that have none do not wait for them."""
-        async for generation, request in encoded:
+        async for generation, request in self._encoded:
             try:
                 if generation.is_finished:
                     continue
@@ -399,8 +428,8 @@ class Runtime:
         if generation is not None and generation.started_at is None:
             generation.started_at = time.monotonic()
 
-    async def _detokenize(self, updates: MemoryObjectReceiveStream[list[SequenceUpdate]]) -> None:
-        async for batch in updates:
+    async def _detokenize(self) -> None:
+        async for batch in self._updates:
             for index, update in enumerate(batch, start=1):
                 self._deliver(update)
                 if index % _DETOKENIZE_AT_ONCE == 0:
