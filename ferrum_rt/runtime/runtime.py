@@ -159,8 +159,7 @@ class Runtime:
         except Exception as error:
             self._break(error)
         except anyio.get_cancelled_exc_class():
-            if self._state is EngineState.READY:  # somebody has cancelled every task that there is
-                self._break(EngineFailed("the engine's tasks were cancelled"))
+            self._stop()  # with the host; or by somebody who cancels every task that there is
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

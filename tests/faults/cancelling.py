@@ -98,11 +98,15 @@ async def cancel_clients(scenario: Scenario, how: How, tracer: Tracer, path: Pat
         assert at < MANY
         before = left_overs()
         is_hit = await cancelled_at(at, how, tracer, partial(scenario.act_on, path), own=True, of="ipc/")
-        await until(lambda: left_overs() == before and not runtime._active)
+        await until(partial(_is_back, before, runtime))
         runtime.check_nothing_is_under_way()
         if not is_hit:
             return at - 1
     raise AssertionError
+
+
+def _is_back(before: tuple[object, ...], runtime: CountingRuntime) -> bool:
+    return left_overs() == before and not runtime._active
 
 
 def left_overs() -> tuple[set[threading.Thread], int, set[str]]:
