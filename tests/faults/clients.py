@@ -122,8 +122,9 @@ async def _full(path: Path) -> None:
             await first.open()
             with anyio.move_on_after(WAIT_S):
                 await first.send(MUCH.encode())
-            with anyio.move_on_after(0.015), closing(Connection(Path(listener.getsockname()))) as second:
-                await second.open()
+            with anyio.move_on_after(0.015):
+                async with connect(Path(listener.getsockname())):
+                    raise AssertionError("there was room")
 
 
 CLIENTS = [

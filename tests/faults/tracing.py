@@ -18,6 +18,7 @@ class Tracer:
     def __init__(self) -> None:
         self.suspended: set[str] = set()
         self.cancelled: set[str] = set()
+        self.num_runs = 0
         self.on_suspend: Suspended = nothing
 
     async def watch(self, task: Coroutine[Any, Any, Any]) -> Any:
