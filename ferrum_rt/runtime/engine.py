@@ -14,6 +14,8 @@ from ferrum_rt.interfaces.scheduler import BatchHint, BatchPlan, Scheduler, Sequ
 from ferrum_rt.interfaces.types import RequestId
 from ferrum_rt.runtime.worker import Job, Worker
 
+_RETRY_S = 0.01
+
 
 class EngineCounters(msgspec.Struct):
     """Since the start, in seconds where not counts."""
@@ -119,6 +121,8 @@ class EngineLoop:
     async def _wait_for_work(self) -> None:
         deadline = self._scheduler.next_deadline()
         limit = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if self._scheduler.statistics().waiting:  # refused a page although nobody runs: no end will wake us
+            limit = _RETRY_S if limit is None else min(limit, _RETRY_S)
         with anyio.move_on_after(limit):
             await self._work.wait()
         self._work = anyio.Event()

@@ -15,22 +15,23 @@ _log = logging.getLogger("ferrum_rt")
 
 
 class LoopLag:
-    """``max_s`` and ``total_s`` are in seconds, since the start."""
+    """``max_s`` and ``total_s`` are in seconds, since the start; what two calls wait for at the same time counts once."""
 
     def __init__(self) -> None:
         self.max_s = 0.0
         self.total_s = 0.0
-        self._reported_at = -math.inf
+        self._seen_at = self._reported_at = -math.inf
 
-    def observe(self, seconds: float) -> None:
-        """In the event loop's thread. ``REPORTED_S`` and more are logged, once in ``REPORT_EVERY_S``."""
-        self.max_s = max(self.max_s, seconds)
-        self.total_s += seconds
-        if seconds >= REPORTED_S and (now := time.monotonic()) - self._reported_at >= REPORT_EVERY_S:
+    def observe(self, ready_at: float) -> None:
+        """In the event loop's thread: it takes up what was ready at this time of time.monotonic's. ``REPORTED_S`` and more
+        are logged, once in ``REPORT_EVERY_S``."""
+        now = time.monotonic()
+        late = now - ready_at
+        self.max_s = max(self.max_s, late)
+        self.total_s += now - max(ready_at, self._seen_at)
+        self._seen_at = now
+        if late >= REPORTED_S and now - self._reported_at >= REPORT_EVERY_S:
             self._reported_at = now
             _log.warning(
-                "the event loop was blocked for %.2f s while requests were under way; call what blocks it in a thread "
-                "(the worst so far: %.2f s)",
-                seconds,
-                self.max_s,
+                "the event loop was blocked for %.2f s while requests were under way; call what blocks it in a thread", late
             )

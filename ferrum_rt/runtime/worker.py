@@ -161,7 +161,7 @@ class Worker:
         done_at = time.monotonic()
 
         def settle() -> None:
-            self._lag.observe(time.monotonic() - done_at)
+            self._lag.observe(done_at)
             self._owed.discard(job)
             job.settle()
 
