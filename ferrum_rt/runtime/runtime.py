@@ -23,6 +23,7 @@ from ferrum_rt.interfaces.errors import (
     RequestValidationError,
     ResourceExhausted,
     TokenizerError,
+    as_ferrum_error,
     first_of,
 )
 from ferrum_rt.interfaces.grammar import Grammar
@@ -133,10 +134,9 @@ class Runtime:
             self._capacity
         )
         to_detokenizer, self._updates = anyio.create_memory_object_stream[list[SequenceUpdate]](1)
-        for sending in (self._to_tokenizer, self._to_compiler, to_detokenizer):
-            stack.enter_context(sending)
-        for receiving in (self._admitted, self._encoded, self._updates):
-            stack.enter_context(receiving)
+        sending = self._to_tokenizer.close, self._to_compiler.close, to_detokenizer.close
+        for close in (*sending, self._admitted.close, self._encoded.close, self._updates.close):
+            stack.callback(close)
         self._engine = EngineLoop(
             self._scheduler,
             executor,
@@ -396,7 +396,7 @@ class Runtime:
         except FerrumError as error:
             return error
         except Exception as error:  # whatever a tokenizer or a template makes of this prompt, it is this request's
-            return _failure(TokenizerError, "the prompt cannot be encoded", error)
+            return as_ferrum_error(TokenizerError, "the prompt cannot be encoded", error)
 
     async def _compile(self) -> None:
         """Grammars, one after the other; requests that have none do not wait for them."""
@@ -407,7 +407,7 @@ class Runtime:
                 grammar = await self._compiler_thread.run(partial(compile_grammar, generation.request, self._model))
             except Exception as error:  # whatever a grammar does to its compiler
                 if not generation.is_finished:
-                    self._fail(generation, _failure(BackendError, "the grammar cannot be compiled", error), "failed")
+                    self._fail(generation, as_ferrum_error(BackendError, "the grammar cannot be compiled", error), "failed")
                 continue
             finally:
                 generation.is_queued = False
@@ -420,7 +420,7 @@ class Runtime:
             generation.tokenized(encoded.token_ids, self._model.tokenizer, self._model.tool_format)
             self._scheduler.submit(resolve(encoded, grammar, self._model, self._config, generation.submitted_at))
         except Exception as error:  # what is wrong with the request, or whatever its prompt does to a detokenizer
-            self._fail(generation, _failure(TokenizerError, "the prompt cannot be gone on from", error), "failed")
+            self._fail(generation, as_ferrum_error(TokenizerError, "the prompt cannot be gone on from", error), "failed")
 
     def _started(self, request_id: RequestId) -> None:
         generation = self._active.get(request_id)
@@ -444,7 +444,7 @@ class Runtime:
         try:
             reason = generation.advance(update, time.monotonic())
         except Exception as error:  # whatever the output's text does to those who read it
-            self._fail(generation, _failure(TokenizerError, "the output cannot be turned into text", error), "failed")
+            self._fail(generation, as_ferrum_error(TokenizerError, "the output cannot be turned into text", error), "failed")
             return
         if reason is not None and update.finish_reason is None:  # a stop string, which the scheduler knows nothing of
             self._drop(generation, update.index)
@@ -490,15 +490,6 @@ class Runtime:
     def _mean_request_s(self) -> float:
         """What a request has taken of the engine's time so far, as a guess of when one of them ends."""
         return self._engine.counters.step_s / max(1, self._counts["finished"]) or 1.0
-
-
-def _failure(kind: type[FerrumError], what: str, error: Exception) -> FerrumError:
-    """The error itself, if it is meant for the caller."""
-    if isinstance(error, FerrumError):
-        return error
-    failure = kind(f"{what}: {error!r}")
-    failure.__cause__ = error
-    return failure
 
 
 def _health(healthy: bool, fault: str) -> ComponentHealth:
