@@ -11,7 +11,7 @@ import anyio
 from ferrum_rt.daemon.config import DaemonLimits
 from ferrum_rt.daemon.server import Server
 from ferrum_rt.interfaces.config import build_config
-from ferrum_rt.ipc.client import CREDIT, Client, connect
+from ferrum_rt.ipc.client import Client, connect
 from ferrum_rt.ipc.connection import Connection
 from tests.faults.scenarios import CountingRuntime, Scenario
 from tests.ipc.test_client_greeting import GREETING
@@ -19,6 +19,7 @@ from tests.runtime.engines import text_after
 
 WAIT_S = 0.004
 MUCH = "x" * 1_000_000
+CREDIT = 4  # less than usual, which the tests see to
 _ENOUGH = CREDIT // 2 + 2  # to give credit once
 
 
