@@ -37,7 +37,7 @@ RUNTIME_ORDER = (
     ("tokenizer", "grammar"),
     ("chat_template", "special_tokens", "detokenizer", "tool_calls", "grammar_limits"),
     ("template_guard", "token_bytes"),
-    ("template_budget", "tracing", "admission"),
+    ("template_budget", "tracing", "admission", "pressure"),
     ("engine", "simulation"),
     ("scheduler", "executor"),
     ("scheduler_reports",),

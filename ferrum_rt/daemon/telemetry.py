@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from threading import Thread
 
 from opentelemetry import trace
 from opentelemetry.sdk.resources import Resource
@@ -18,7 +19,8 @@ _FLUSH_LIMIT_S = 5.0
 @contextmanager
 def exported(endpoint: str | None) -> Iterator[None]:
     """Send spans by OTLP over HTTP to ``endpoint``, as ``http://localhost:4318``, from a thread of the SDK's, which drops
-    what it cannot send. None: make no spans. Raises ConfigError where the exporter is not installed."""
+    what it cannot send; leaving waits for it, but no longer than ``_FLUSH_LIMIT_S``. None: make no spans. Raises
+    ConfigError where the exporter is not installed."""
     if endpoint is None:
         yield
         return
@@ -34,4 +36,7 @@ def exported(endpoint: str | None) -> Iterator[None]:
     try:
         yield
     finally:
-        provider.shutdown()
+        # The SDK waits for each batch in turn, up to 30 s in all; what has not left by then is lost.
+        flushing = Thread(target=provider.shutdown, name="ferrum-spans", daemon=True)
+        flushing.start()
+        flushing.join(_FLUSH_LIMIT_S)

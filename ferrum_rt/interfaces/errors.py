@@ -110,6 +110,15 @@ def first_of(error: BaseException) -> BaseException:
     return error
 
 
+def as_ferrum_error(kind: type[FerrumError], what: str, error: Exception) -> FerrumError:
+    """The error itself, if it is meant for the caller; else one of ``kind`` that says what could not be done."""
+    if isinstance(error, FerrumError):
+        return error
+    failure = kind(f"{what}: {error!r}")
+    failure.__cause__ = error
+    return failure
+
+
 def error_classes() -> dict[str, type[FerrumError]]:
     """Every error class by its code, so that the client can raise what the engine raised."""
     classes: list[type[FerrumError]] = [FerrumError, *FerrumError.__subclasses__()]

@@ -416,12 +416,16 @@ class SchedulerDiagnostics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineMetrics(msgspec.Struct, frozen=True, kw_only=True):
-    """Counters since the start. ``step_s`` is time in the executor, ``host_s`` time spent planning and committing."""
+    """Counters since the start. ``step_s`` is time in the executor, ``host_s`` time spent planning and committing.
+    ``loop_lag_s`` is by how much the event loop was late, in all, for what was ready for it, ``max_loop_lag_s`` at the
+    worst."""
 
     steps: int
     step_s: float
     host_s: float
     scheduler: SchedulerStats
+    loop_lag_s: float = 0.0
+    max_loop_lag_s: float = 0.0
 
 
 class ComponentHealth(msgspec.Struct, frozen=True, kw_only=True):

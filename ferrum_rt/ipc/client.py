@@ -1,5 +1,6 @@
 """The engine of a daemon, from another process: the same interface as in-process, over the socket. Needs no torch."""
 
+import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any, Unpack
 import anyio
 import anyio.lowlevel
 import msgspec
-from anyio.abc import TaskStatus
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -92,6 +92,8 @@ class Client:
         self._lost: FerrumError | None = None
         self._going_away: str | None = None
         self._num_sent = 0
+        self._tasks_scope = anyio.CancelScope()
+        self._process_id = os.getpid()
         self._exit_stack = AsyncExitStack()
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -106,7 +108,7 @@ class Client:
             except TimeoutError as error:
                 raise ConnectionLost(f"{self._path}: the daemon did not answer within {CONNECT_LIMIT_S:g} s") from error
             tasks = await stack.enter_async_context(anyio.create_task_group())
-            self._tasks_scope: anyio.CancelScope = await tasks.start(self._run, name="ferrum client")
+            tasks.start_soon(self._run, name="ferrum client")
             self._exit_stack = stack.pop_all()
         return self
 
@@ -128,6 +130,9 @@ class Client:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._is_forked:
+            self._connection.close()  # a copy: the parent's stays open, and its tasks are the parent's
+            return
         try:
             await self.shutdown()
         finally:
@@ -136,12 +141,23 @@ class Client:
 
     async def shutdown(self) -> None:
         """Leave: what is under way is cancelled, here and in the daemon, which goes on for others."""
-        if self._lost is None:
+        if self._lost is None and not self._is_forked:
             self.post(Goodbye())
             with anyio.move_on_after(GOODBYE_LIMIT_S, shield=True):
                 await self._wait_for_room()  # if it cannot be said, hanging up says the same
             self._lose(Cancelled("the connection was closed by this process"))
             self._tasks_scope.cancel()
+
+    @property
+    def _is_forked(self) -> bool:
+        """This is a copy in a child process, whose bytes would come between the parent's."""
+        return os.getpid() != self._process_id
+
+    def _check_usable(self) -> None:
+        if self._is_forked:
+            raise ConnectionLost(f"this connection is that of process {self._process_id}; connect again in a forked process")
+        if self._lost is not None:
+            raise _again(self._lost)
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -193,8 +209,7 @@ class Client:
 
     @contextmanager
     def _open(self, request: InferenceRequest) -> Iterator["_Reply"]:
-        if self._lost is not None:
-            raise _again(self._lost)
+        self._check_usable()
         if self._going_away is not None:
             raise Cancelled(f"the daemon takes no new requests: {self._going_away}")
         if request.id in self._request_ids:
@@ -232,8 +247,7 @@ class Client:
 
     async def _ask(self, kind: Any) -> str:
         await self._wait_for_room()
-        if self._lost is not None:
-            raise _again(self._lost)
+        self._check_usable()
         self._num_sent += 1
         answer = self._queries[self._num_sent] = _Answer()
         self.post(Query(query_id=self._num_sent, kind=kind))
@@ -244,7 +258,7 @@ class Client:
     def post(self, *messages: ClientMessage) -> None:
         """Send, or put behind what waits to be sent. Synchronous, so that no cancellation can come between leaving a
         request and saying so. Raises InvalidFormat, with nothing sent, for what is too long for a frame."""
-        if self._lost is None:
+        if self._lost is None and not self._is_forked:
             frames = b"".join(map(encode, messages))
             sent = 0
             if not self._outbox:
@@ -256,21 +270,23 @@ class Client:
 
     async def _wait_for_room(self) -> None:
         """Until what was posted before is on its way: whoever adds to it waits here first."""
-        while self._outbox and self._lost is None:
+        while self._outbox and self._lost is None and not self._is_forked:
             await self._is_sent.wait()
 
-    async def _run(self, *, task_status: TaskStatus[anyio.CancelScope]) -> None:
-        """The tasks, in a group of their own: cancelling it does not touch the caller's task."""
+    async def _run(self) -> None:
+        """The tasks, in a scope and a group of their own: cancelling them does not touch the caller's task."""
         try:
-            async with anyio.create_task_group() as tasks:
-                task_status.started(tasks.cancel_scope)
-                tasks.start_soon(self._write, name="ferrum client writer")
-                await self._read()
-                tasks.cancel_scope.cancel()
+            with self._tasks_scope:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(self._write, name="ferrum client writer")
+                    await self._read()
         except* FerrumError as errors:
             error = first_of(errors)
             assert isinstance(error, FerrumError)  # that is what the group is of
             self._lose(error)
+        except* anyio.get_cancelled_exc_class():
+            if self._lost is None:  # somebody has cancelled every task that there is
+                self._lose(Cancelled("the client's tasks were cancelled"))
 
     async def _write(self) -> None:
         """What could not be sent at once."""

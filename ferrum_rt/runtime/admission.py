@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from ferrum_rt.interfaces.config import SchedulerConfig
-from ferrum_rt.interfaces.errors import ResourceExhausted
+from ferrum_rt.interfaces.errors import ConfigError, ResourceExhausted
 from ferrum_rt.interfaces.types import ClientId
 
 
@@ -16,6 +16,7 @@ class AdmissionPolicy:
         self._config, self._retry_after = config, retry_after
         self._counts: Counter[ClientId] = Counter()
         self._total = 0
+        self._most_waiting = config.max_waiting_requests
 
     @property
     def capacity(self) -> int:
@@ -42,7 +43,13 @@ class AdmissionPolicy:
             del self._counts[client_id]
 
     def reconfigure(self, config: SchedulerConfig) -> None:
-        """From now on; those under way stay."""
+        """From now on; those under way stay. Raises ConfigError for what an engine cannot change any more."""
+        before = self._config
+        if config.max_running_requests != before.max_running_requests or config.max_waiting_requests > self._most_waiting:
+            raise ConfigError(
+                f"scheduler: of an open engine max_running_requests ({before.max_running_requests}) cannot be changed, and "
+                f"max_waiting_requests cannot be raised above the {self._most_waiting} it was opened with"
+            )
         self._config = config
 
     def _refuse(self, why: str) -> None:

@@ -8,11 +8,13 @@ import anyio
 import msgspec
 from anyio.streams.memory import MemoryObjectSendStream
 
-from ferrum_rt.interfaces.errors import BackendError, EngineFailed, FerrumError
+from ferrum_rt.interfaces.errors import BackendError, EngineFailed, as_ferrum_error
 from ferrum_rt.interfaces.model_executor import ModelExecutor, StepOutput
 from ferrum_rt.interfaces.scheduler import BatchHint, BatchPlan, Scheduler, SequenceUpdate
 from ferrum_rt.interfaces.types import RequestId
 from ferrum_rt.runtime.worker import Job, Worker
+
+_RETRY_S = 0.01
 
 
 class EngineCounters(msgspec.Struct):
@@ -29,6 +31,10 @@ class _Launched(msgspec.Struct):
     plan: BatchPlan
     job: Job[StepOutput] | None = None
     step_s: float = 0.0
+
+    @property
+    def has_ended(self) -> bool:
+        return self.job is not None and self.job.is_settled
 
 
 class EngineLoop:
@@ -61,13 +67,22 @@ class EngineLoop:
         """Until cancelled."""
         in_flight: _Launched | None = None
         while True:
-            await self._emit(self._scheduler.expire(time.monotonic()))
+            if self._is_one_overdue():
+                if in_flight is not None and in_flight.has_ended:
+                    # Computed while the host kept us from looking: it counts before the deadline is judged.
+                    await self._land(in_flight)
+                    in_flight = None
+                await self._emit(self._scheduler.expire(time.monotonic()))
             launched = self._launch()
             if in_flight is not None:
                 await self._land(in_flight)
             elif launched is None:
                 await self._wait_for_work()
             in_flight = launched
+
+    def _is_one_overdue(self) -> bool:
+        deadline = self._scheduler.next_deadline()
+        return deadline is not None and deadline <= time.monotonic()
 
     def _launch(self) -> _Launched | None:
         began = time.perf_counter()
@@ -102,7 +117,8 @@ class EngineLoop:
         except EngineFailed:
             raise
         except Exception as error:  # whatever a kernel raises ends the requests of its step, not the engine
-            updates = self._scheduler.fail(launched.plan, _as_ferrum_error(error))
+            failure = as_ferrum_error(BackendError, "the executor failed in this request's step", error)
+            updates = self._scheduler.fail(launched.plan, failure)
         else:
             began = time.perf_counter()
             updates = self._scheduler.commit(launched.plan, output, launched.step_s)
@@ -117,14 +133,8 @@ class EngineLoop:
     async def _wait_for_work(self) -> None:
         deadline = self._scheduler.next_deadline()
         limit = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if self._scheduler.statistics().waiting:  # refused a page although nobody runs: no end will wake us
+            limit = _RETRY_S if limit is None else min(limit, _RETRY_S)
         with anyio.move_on_after(limit):
             await self._work.wait()
         self._work = anyio.Event()
-
-
-def _as_ferrum_error(error: Exception) -> FerrumError:
-    if isinstance(error, FerrumError):
-        return error
-    failure = BackendError(f"the executor failed in this request's step: {type(error).__name__}: {error}")
-    failure.__cause__ = error
-    return failure

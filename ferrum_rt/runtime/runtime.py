@@ -1,7 +1,7 @@
 """The runtime: opens the channels and the tasks, takes requests in, and closes everything again."""
 
-import logging
 import math
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
@@ -13,21 +13,19 @@ from typing import Any, Unpack
 import anyio
 import anyio.lowlevel
 import msgspec
-from anyio.abc import TaskStatus
-from anyio.streams.memory import MemoryObjectReceiveStream
 
 from ferrum_rt.interfaces.config import ConfigFields, EngineConfig, build_config
 from ferrum_rt.interfaces.engine import ChunkSink
 from ferrum_rt.interfaces.errors import (
     BackendError,
     Cancelled,
-    ConfigError,
     EngineFailed,
     FerrumError,
     NotFound,
     RequestValidationError,
     ResourceExhausted,
     TokenizerError,
+    as_ferrum_error,
     first_of,
 )
 from ferrum_rt.interfaces.grammar import Grammar
@@ -55,8 +53,10 @@ from ferrum_rt.runtime.admission import AdmissionPolicy
 from ferrum_rt.runtime.chunk_stream import ChunkStream
 from ferrum_rt.runtime.engine import EngineLoop
 from ferrum_rt.runtime.generation import Generation
+from ferrum_rt.runtime.lag import LoopLag
 from ferrum_rt.runtime.loader import LoadedModel, load_model
 from ferrum_rt.runtime.pages import PagedKvCache
+from ferrum_rt.runtime.pressure import PressureWatch
 from ferrum_rt.runtime.resolve import EncodedRequest, compile_grammar, encode, has_text, is_constrained, resolve
 from ferrum_rt.runtime.scheduler import UnifiedScheduler
 from ferrum_rt.runtime.tracing import start_span
@@ -65,8 +65,6 @@ from ferrum_rt.runtime.worker import Worker
 # Requests tokenized in one call, and updates turned into text before the loop is yielded to others.
 _TOKENIZE_AT_ONCE = 64
 _DETOKENIZE_AT_ONCE = 256
-
-_log = logging.getLogger(__name__)
 
 
 def open_runtime(
@@ -97,8 +95,10 @@ class Runtime:
         self._active: dict[RequestId, Generation] = {}
         self._counts = dict.fromkeys(("finished", "failed", "cancelled", "rejected"), 0)
         self._idle = anyio.Event()
-        self._pressure = MemoryPressure.LOW
-        self._pressure_callbacks: list[Callable[[MemoryPressure], None]] = []
+        self._pressure = PressureWatch()
+        self._tasks_scope = anyio.CancelScope()
+        self._lag = LoopLag()
+        self._process_id = os.getpid()
         self._exit_stack = AsyncExitStack()
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -106,21 +106,25 @@ class Runtime:
     async def __aenter__(self) -> "Runtime":
         async with AsyncExitStack() as stack:
             closing = stack.enter_context(ExitStack())  # after the threads have ended
-            executor_thread = await stack.enter_async_context(Worker("ferrum-executor"))
-            self._tokenizer_thread = await stack.enter_async_context(Worker("ferrum-tokenizer"))
-            self._compiler_thread = await stack.enter_async_context(Worker("ferrum-grammar-compiler"))
-            self._model = await executor_thread.run(lambda: self._load(self._config))
-            closing.callback(self._model.executor.close)
-            self._executor_thread = executor_thread
+            self._executor_thread = await stack.enter_async_context(Worker("ferrum-executor", self._lag))
+            self._tokenizer_thread = await stack.enter_async_context(Worker("ferrum-tokenizer", self._lag))
+            self._compiler_thread = await stack.enter_async_context(Worker("ferrum-grammar-compiler", self._lag))
+            await self._executor_thread.run(partial(self._load_model, closing))
+            self._set_up(stack)
             tasks = await stack.enter_async_context(anyio.create_task_group())
-            self._tasks_scope: anyio.CancelScope = await tasks.start(self._run, name="ferrum runtime")
+            # Not tasks.start: where asyncio cancels a task that has not begun, that waits for ever (anyio 4.16).
+            tasks.start_soon(self._run, name="ferrum runtime")
             self._exit_stack = stack.pop_all()
         self._state = EngineState.READY
         return self
 
-    async def _run(self, *, task_status: TaskStatus[anyio.CancelScope]) -> None:
-        """The tasks, in a group of their own: cancelling it does not touch the caller's task, and a fault of ours ends
-        every request with EngineFailed instead of ending the host's program."""
+    def _load_model(self, closing: ExitStack) -> None:
+        """In the executor's thread. It may come to its end although nobody waits for it any more."""
+        self._model = self._load(self._config)
+        closing.callback(self._model.executor.close)
+
+    def _set_up(self, stack: AsyncExitStack) -> None:
+        """What the tasks work with. ``stack`` closes the channels, for the tasks may not even begin."""
         config, executor = self._config, self._model.executor
         self._cache = PagedKvCache(
             executor.num_pages, config.kv_cache.block_size, prefix_caching=config.kv_cache.prefix_caching
@@ -132,12 +136,14 @@ class Runtime:
             max_model_len=executor.model_info.max_model_len,
             config=config.scheduler,
         )
-        self._max_waiting = config.scheduler.max_waiting_requests
         self._admission = AdmissionPolicy(config.scheduler, self._retry_after)
         capacity = self._admission.capacity
-        self._to_tokenizer, admitted = anyio.create_memory_object_stream[Generation](capacity)
-        self._to_compiler, encoded = anyio.create_memory_object_stream[tuple[Generation, EncodedRequest]](capacity)
-        to_detokenizer, updates = anyio.create_memory_object_stream[list[SequenceUpdate]](1)
+        self._to_tokenizer, self._admitted = anyio.create_memory_object_stream[Generation](capacity)
+        self._to_compiler, self._encoded = anyio.create_memory_object_stream[tuple[Generation, EncodedRequest]](capacity)
+        to_detokenizer, self._updates = anyio.create_memory_object_stream[list[SequenceUpdate]](1)
+        sending = self._to_tokenizer.close, self._to_compiler.close, to_detokenizer.close
+        for close in (*sending, self._admitted.close, self._encoded.close, self._updates.close):
+            stack.callback(close)
         self._engine = EngineLoop(
             self._scheduler,
             executor,
@@ -146,21 +152,27 @@ class Runtime:
             max_batched_tokens=config.batching.max_batched_tokens,
             on_start=self._started,
         )
-        # Closed here and not by the tasks, which do not even begin if the engine is closed as soon as it is open.
-        with self._to_tokenizer, admitted, self._to_compiler, encoded, to_detokenizer, updates:
-            try:
+
+    async def _run(self) -> None:
+        """The tasks, in a scope and a group of their own: cancelling them does not touch the caller's task, and a fault of
+        ours ends every request with EngineFailed instead of ending the host's program."""
+        try:
+            with self._tasks_scope:
                 async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(self._tokenize, admitted, name="ferrum tokenizer")
-                    tasks.start_soon(self._compile, encoded, name="ferrum grammar compiler")
+                    tasks.start_soon(self._tokenize, name="ferrum tokenizer")
+                    tasks.start_soon(self._compile, name="ferrum grammar compiler")
                     tasks.start_soon(self._engine.run, name="ferrum engine")
-                    tasks.start_soon(self._detokenize, updates, name="ferrum detokenizer")
-                    task_status.started(tasks.cancel_scope)
-            except Exception as error:
-                self._break(error)
+                    tasks.start_soon(self._detokenize, name="ferrum detokenizer")
+        except Exception as error:
+            self._break(error)
+        except anyio.get_cancelled_exc_class():
+            self._stop()  # with the host; or by somebody who cancels every task that there is
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._is_forked:
+            return  # tasks, threads and pages are the parent's
         try:
             if kind is None:
                 await self.shutdown()
@@ -172,12 +184,17 @@ class Runtime:
 
     async def shutdown(self) -> None:
         """Refuse new requests, let those under way finish for ``scheduler.drain_s`` seconds, cancel the rest."""
-        if self._state in (EngineState.READY, EngineState.FAILED):
+        if self._state in (EngineState.READY, EngineState.FAILED) and not self._is_forked:
             self._state = EngineState.DRAINING
             if self._active:
                 with anyio.move_on_after(self._config.scheduler.drain_s):
                     await self._idle.wait()
             self._stop()
+
+    @property
+    def _is_forked(self) -> bool:
+        """This is a copy in a child process, which has none of the threads."""
+        return os.getpid() != self._process_id
 
     def _stop(self) -> None:
         self._state = EngineState.STOPPED
@@ -199,14 +216,14 @@ class Runtime:
 
     async def infer(self, prompt: Prompt | InferenceRequest, **fields: Unpack[RequestFields]) -> InferenceResponse:
         """Generate to the end. Raises the request's FerrumError; cancelling this task cancels the request."""
-        return await self._infer(_due_with_scope(build_request(prompt, fields)))
+        return await self._infer(build_request(prompt, fields))
 
     @asynccontextmanager
     async def infer_stream(
         self, prompt: Prompt | InferenceRequest, **fields: Unpack[RequestFields]
     ) -> AsyncIterator[AsyncIterator[StreamChunk]]:
         """The request's chunks as they come; the last has a ``finish_reason``. Leaving the block cancels what is left."""
-        with self._open(_due_with_scope(build_request(prompt, fields))) as (_, chunks):
+        with self._open(build_request(prompt, fields)) as (_, chunks):
             yield chunks
 
     async def infer_batch(
@@ -220,7 +237,7 @@ class Runtime:
         async def run(index: int) -> None:
             async with limiter:
                 try:
-                    results[index] = await self._infer(_due_with_scope(build_request(prompts[index], fields)))
+                    results[index] = await self._infer(build_request(prompts[index], fields))
                 except FerrumError as error:
                     results[index] = error
 
@@ -238,8 +255,9 @@ class Runtime:
     def _open(self, request: InferenceRequest) -> Iterator[tuple[Generation, ChunkStream]]:
         capacity = self._config.batching.stream_capacity
         chunks = ChunkStream(request.sampling_params.n, capacity, lambda: self.resume(generation))
+        self._check_takes_requests()
         try:
-            generation = self.start(request, chunks)
+            generation = self.start(_due_with_scope(request), chunks)
             try:
                 yield generation, chunks
             finally:
@@ -247,15 +265,20 @@ class Runtime:
         finally:
             chunks.abandon()
 
+    def _check_takes_requests(self) -> None:
+        if self._is_forked:
+            raise EngineFailed(f"this engine is that of process {self._process_id}; open one of its own in a forked process")
+        if self._failure is not None:
+            raise self._failure
+        if self._state is not EngineState.READY:
+            raise Cancelled(f"the engine takes no requests: its state is {self._state.value}")
+
     # -- requests whose chunks go somewhere else ----------------------------------------------------------------------
 
     def start(self, request: InferenceRequest, sink: ChunkSink) -> Generation:
         """Admit a request that ``build_request`` made; its chunks go to ``sink``, then its error if it has one, and then the
         sink is closed. Raises the FerrumError of a request that is not admitted, without touching the sink."""
-        if self._failure is not None:
-            raise self._failure
-        if self._state is not EngineState.READY:
-            raise Cancelled(f"the engine takes no requests: its state is {self._state.value}")
+        self._check_takes_requests()
         if request.id in self._active:
             raise RequestValidationError(f"id: a request {request.id!r} is already under way")
         if request.model_id not in (None, self.model_info.id):
@@ -292,20 +315,14 @@ class Runtime:
         """Change fields of the scheduler's configuration for what is planned and admitted from now on: clients' policies,
         the pace, limits. Raises ConfigError, and then nothing has changed."""
         config = build_config(None, self._config, {"scheduler": fields})
-        before, after = self._config.scheduler, config.scheduler
-        if after.max_running_requests != before.max_running_requests or after.max_waiting_requests > self._max_waiting:
-            raise ConfigError(
-                f"scheduler: of an open engine max_running_requests ({before.max_running_requests}) cannot be changed, and "
-                f"max_waiting_requests cannot be raised above the {self._max_waiting} it was opened with"
-            )
-        self._config = config
         self._admission.reconfigure(config.scheduler)
+        self._config = config
         self._scheduler.reconfigure(config.scheduler)
         self._engine.notify()
 
     def on_memory_pressure(self, callback: Callable[[MemoryPressure], None]) -> None:
         """Have ``callback`` called on the event loop whenever the pressure on the pages reaches another level."""
-        self._pressure_callbacks.append(callback)
+        self._pressure.add(callback)
 
     # -- reports ------------------------------------------------------------------------------------------------------
 
@@ -325,6 +342,8 @@ class Runtime:
             step_s=counters.step_s,
             host_s=counters.host_s,
             scheduler=self._scheduler.statistics(),
+            loop_lag_s=self._lag.total_s,
+            max_loop_lag_s=self._lag.max_s,
         )
 
     async def status(self) -> EngineStatus:
@@ -355,22 +374,24 @@ class Runtime:
 
     def health_now(self) -> HealthStatus:
         """The same, for those who cannot wait."""
-        components = {
-            "engine": _health(self._state is EngineState.READY, str(self._failure or f"state is {self._state.value}")),
-            "executor": _health(self._executor_thread.is_alive, "its thread has stopped"),
-            "tokenizer": _health(self._tokenizer_thread.is_alive, "its thread has stopped"),
-            "grammar compiler": _health(self._compiler_thread.is_alive, "its thread has stopped"),
+        threads = {
+            "executor": self._executor_thread,
+            "tokenizer": self._tokenizer_thread,
+            "grammar compiler": self._compiler_thread,
         }
-        healthy = all(health.healthy for health in components.values())
-        return HealthStatus(healthy=healthy, status=ComponentStatus(components=components))
+        faults = {name: "" if thread.is_alive else "its thread has stopped" for name, thread in threads.items()}
+        is_ready = self._state is EngineState.READY
+        faults["engine"] = "" if is_ready else str(self._failure or f"state is {self._state.value}")
+        components = {name: ComponentHealth(healthy=not fault, detail=fault) for name, fault in faults.items()}
+        return HealthStatus(healthy=not any(faults.values()), status=ComponentStatus(components=components))
 
     # -- a request's way through --------------------------------------------------------------------------------------
 
-    async def _tokenize(self, admitted: MemoryObjectReceiveStream[Generation]) -> None:
-        async for first in admitted:
+    async def _tokenize(self) -> None:
+        async for first in self._admitted:
             batch = [first]
-            while len(batch) < _TOKENIZE_AT_ONCE and admitted.statistics().current_buffer_used:
-                batch.append(admitted.receive_nowait())
+            while len(batch) < _TOKENIZE_AT_ONCE and self._admitted.statistics().current_buffer_used:
+                batch.append(self._admitted.receive_nowait())
             waiting = [generation for generation in batch if not generation.is_finished]
             results = await self._encode([generation.request for generation in waiting])
             for generation in batch:
@@ -407,18 +428,18 @@ class Runtime:
         except FerrumError as error:
             return error
         except Exception as error:  # whatever a tokenizer or a template makes of this prompt, it is this request's
-            return _failure(TokenizerError, "the prompt cannot be encoded", error)
+            return as_ferrum_error(TokenizerError, "the prompt cannot be encoded", error)
 
-    async def _compile(self, encoded: MemoryObjectReceiveStream[tuple[Generation, EncodedRequest]]) -> None:
+    async def _compile(self) -> None:
         """Grammars, one after the other; requests that have none do not wait for them."""
-        async for generation, request in encoded:
+        async for generation, request in self._encoded:
             try:
                 if generation.is_finished:
                     continue
                 grammar = await self._compiler_thread.run(partial(compile_grammar, generation.request, self._model))
             except Exception as error:  # whatever a grammar does to its compiler
                 if not generation.is_finished:
-                    self._fail(generation, _failure(BackendError, "the grammar cannot be compiled", error), "failed")
+                    self._fail(generation, as_ferrum_error(BackendError, "the grammar cannot be compiled", error), "failed")
                 continue
             finally:
                 generation.is_queued = False
@@ -431,16 +452,16 @@ class Runtime:
             generation.tokenized(encoded.token_ids, self._model.tokenizer, self._model.tool_format)
             self._scheduler.submit(resolve(encoded, grammar, self._model, self._config, generation.submitted_at))
         except Exception as error:  # what is wrong with the request, or whatever its prompt does to a detokenizer
-            self._fail(generation, _failure(TokenizerError, "the prompt cannot be gone on from", error), "failed")
+            self._fail(generation, as_ferrum_error(TokenizerError, "the prompt cannot be gone on from", error), "failed")
 
     def _started(self, request_id: RequestId) -> None:
         generation = self._active.get(request_id)
         if generation is not None and generation.started_at is None:
             generation.started_at = time.monotonic()
 
-    async def _detokenize(self, updates: MemoryObjectReceiveStream[list[SequenceUpdate]]) -> None:
-        async for batch in updates:
-            self._watch_pressure()
+    async def _detokenize(self) -> None:
+        async for batch in self._updates:
+            self._pressure.look(self._cache.pressure)
             for index, update in enumerate(batch, start=1):
                 self._deliver(update)
                 if index % _DETOKENIZE_AT_ONCE == 0:
@@ -456,7 +477,7 @@ class Runtime:
         try:
             reason = generation.advance(update, time.monotonic())
         except Exception as error:  # whatever the output's text does to those who read it
-            self._fail(generation, _failure(TokenizerError, "the output cannot be turned into text", error), "failed")
+            self._fail(generation, as_ferrum_error(TokenizerError, "the output cannot be turned into text", error), "failed")
             return
         if reason is not None and update.finish_reason is None:  # a stop string, which the scheduler knows nothing of
             self._drop(generation, update.index)
@@ -503,18 +524,8 @@ class Runtime:
     def _retry_after(self) -> float:
         """When there may be room again: what a request has taken of the engine's time so far, or what those who wait are
         expected to, each."""
-        wait_s = self._scheduler.estimated_wait_s() / len(self._active)
+        wait_s = self._scheduler.estimated_wait_s() / max(1, len(self._active))
         return wait_s or self._engine.counters.step_s / max(1, self._counts["finished"]) or 1.0
-
-    def _watch_pressure(self) -> None:
-        pressure = self._cache.pressure
-        if pressure is not self._pressure:
-            self._pressure = pressure
-            for callback in self._pressure_callbacks:
-                try:
-                    callback(pressure)
-                except Exception:  # it is the host's, and so is what it raises
-                    _log.exception("a callback for memory pressure failed")
 
 
 def _due_with_scope(request: InferenceRequest) -> InferenceRequest:
@@ -523,16 +534,3 @@ def _due_with_scope(request: InferenceRequest) -> InferenceRequest:
     if request.deadline_s is not None or deadline == math.inf:
         return request
     return msgspec.structs.replace(request, deadline_s=max(1e-3, deadline - anyio.current_time()))
-
-
-def _failure(kind: type[FerrumError], what: str, error: Exception) -> FerrumError:
-    """The error itself, if it is meant for the caller."""
-    if isinstance(error, FerrumError):
-        return error
-    failure = kind(f"{what}: {error!r}")
-    failure.__cause__ = error
-    return failure
-
-
-def _health(healthy: bool, fault: str) -> ComponentHealth:
-    return ComponentHealth(healthy=healthy, detail="" if healthy else fault)

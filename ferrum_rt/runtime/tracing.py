@@ -1,18 +1,40 @@
 """A request's span, by OpenTelemetry's conventions for generative AI: a child of the span that is current where it is
-admitted. It uses the API alone: in a process without an SDK it costs half a microsecond. It holds no text."""
+admitted. It uses the API alone: in a process without an SDK it costs half a microsecond. It holds no text.
+
+What the host's SDK raises is logged, and is no request's trouble.
+"""
+
+import logging
 
 from opentelemetry import trace
-from opentelemetry.trace import Span, Status, StatusCode
+from opentelemetry.trace import INVALID_SPAN, Span, Status, StatusCode
 
 from ferrum_rt.interfaces.errors import FerrumError
 from ferrum_rt.interfaces.requests import is_chat
 from ferrum_rt.interfaces.types import InferenceRequest, ModelId
 
 _TRACER = trace.get_tracer("ferrum_rt")
+_log = logging.getLogger("ferrum_rt")
 
 
 def start_span(request: InferenceRequest, model: ModelId) -> Span:
     """The span of a request that was just admitted."""
+    try:
+        return _start(request, model)
+    except Exception as fault:  # its class alone, for its message may quote anything
+        _log.warning("no span could be started, and the request goes on without: %s", type(fault).__name__)
+        return INVALID_SPAN
+
+
+def end_span(span: Span, *, prompt_tokens: int, output_tokens: int, error: FerrumError | None) -> None:
+    """At the request's one end. Of an error the class is told, not the message, which may quote the prompt."""
+    try:
+        _end(span, prompt_tokens, output_tokens, error)
+    except Exception as fault:
+        _log.warning("a span could not be ended: %s", type(fault).__name__)
+
+
+def _start(request: InferenceRequest, model: ModelId) -> Span:
     operation = "chat" if is_chat(request.prompt) else "text_completion"
     span = _TRACER.start_span(f"{operation} {model}")
     if span.is_recording():
@@ -37,8 +59,7 @@ def start_span(request: InferenceRequest, model: ModelId) -> Span:
     return span
 
 
-def end_span(span: Span, *, prompt_tokens: int, output_tokens: int, error: FerrumError | None) -> None:
-    """At the request's one end. Of an error the class is told, not the message, which may quote the prompt."""
+def _end(span: Span, prompt_tokens: int, output_tokens: int, error: FerrumError | None) -> None:
     if span.is_recording():
         span.set_attributes({"gen_ai.usage.input_tokens": prompt_tokens, "gen_ai.usage.output_tokens": output_tokens})
         if error is not None:

@@ -6,6 +6,7 @@ shared worker threads belong to the host, and outlive us.
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ import anyio
 import anyio.lowlevel
 
 from ferrum_rt.interfaces.errors import EngineFailed
+from ferrum_rt.runtime.lag import LoopLag
 
 T = TypeVar("T")
 
@@ -68,17 +70,32 @@ class Job(Generic[T]):
             self._future.set_exception(failure)
         self._future.add_done_callback(lambda _: on_done())
 
+    @property
+    def is_settled(self) -> bool:
+        """It is done, and whoever waits for it knows."""
+        return self._done.is_set()
+
     def settle(self) -> None:
         """In the event loop's thread."""
         self._done.set()
 
+    def drop(self, error: Exception) -> None:
+        """It will never be run to its end."""
+        if not self._done.is_set():
+            self._future = Future()
+            self._future.set_exception(error)
+            self._done.set()
+
 
 class Worker:
-    """Use as an async context manager; leaving it waits for the call that is running and drops those behind it."""
+    """Use as an async context manager; leaving it waits for the call that is running and drops those behind it. Where the
+    thread ends by itself, the calls that it owed, and all later ones, raise EngineFailed."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, lag: LoopLag) -> None:
         self._queue: queue.SimpleQueue[Job[Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self._lag = lag
+        self._owed: set[Job[Any]] = set()
         self._is_closing = False
 
     @property
@@ -88,7 +105,11 @@ class Worker:
     def submit(self, function: Callable[[], Future[T]]) -> Job[T]:
         """Queue a call. The caller bounds how many are outstanding."""
         job = Job(function)
-        self._queue.put(job)
+        if self._stopped.is_set():
+            job.drop(self._death())
+        else:
+            self._owed.add(job)
+            self._queue.put(job)
         return job
 
     async def run(self, function: Callable[[], T]) -> T:
@@ -104,17 +125,47 @@ class Worker:
     async def __aexit__(self, *exc_info: object) -> None:
         self._is_closing = True
         self._queue.put(None)
-        with anyio.move_on_after(JOIN_LIMIT_S, shield=True):
-            await self._stopped.wait()
+        cancellation: BaseException | None = None
+        with anyio.move_on_after(JOIN_LIMIT_S, shield=True) as limit:
+            while not self._stopped.is_set():
+                try:
+                    await self._stopped.wait()
+                except anyio.get_cancelled_exc_class() as error:
+                    if limit.cancel_called:
+                        raise
+                    cancellation = error  # by asyncio itself, which knows no shield; what the thread uses must stay
             self._thread.join()
+            if cancellation is not None:
+                raise cancellation
             return
         raise EngineFailed(f"thread {self._thread.name} is stuck in a native call; it is left behind")
 
     def _main(self) -> None:
-        while (job := self._queue.get()) is not None:
-            if not self._is_closing:
-                job.run(partial(self._post, job.settle))
-        self._post(self._stopped.set)
+        try:
+            while (job := self._queue.get()) is not None:
+                if not self._is_closing:
+                    job.run(partial(self._post_settled, job))
+        finally:  # also where something ends the thread that is no call's result
+            self._post(self._end)
+
+    def _end(self) -> None:
+        self._stopped.set()
+        for job in self._owed:
+            job.drop(self._death())
+        self._owed.clear()
+
+    def _death(self) -> EngineFailed:
+        return EngineFailed(f"thread {self._thread.name} has ended; close the engine and open a new one")
+
+    def _post_settled(self, job: Job[Any]) -> None:
+        done_at = time.monotonic()
+
+        def settle() -> None:
+            self._lag.observe(done_at)
+            self._owed.discard(job)
+            job.settle()
+
+        self._post(settle)
 
     def _post(self, function: Callable[[], None]) -> None:
         # Unlike anyio.from_thread.run_sync this does not wait for the loop: the next call starts while the host is busy.

@@ -5,7 +5,7 @@ import pytest
 
 from ferrum_rt.interfaces.errors import ConfigError, DeadlineExceeded, ResourceExhausted
 from ferrum_rt.interfaces.types import ClientId, MemoryPressure
-from tests.runtime.engines import fake_engine, text_after
+from tests.runtime.engines import fake_engine, text_after, until
 
 
 async def test_a_client_has_so_many_requests_and_no_more() -> None:
@@ -55,9 +55,9 @@ async def test_the_deadline_of_a_scope_is_the_requests() -> None:
             async with engine.infer_stream("x", max_tokens=300) as chunks:
                 await anext(aiter(chunks))
                 tasks.start_soon(ask, "late", None)
-                await anyio.wait_all_tasks_blocked()
+                await until(lambda: engine.metrics().scheduler.waiting == 1)
                 tasks.start_soon(ask, "due", 20.0)
-                await anyio.wait_all_tasks_blocked()
+                await until(lambda: engine.metrics().scheduler.waiting == 2)
                 async for _ in chunks:
                     pass
     assert order == ["due", "late"]

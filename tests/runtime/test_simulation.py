@@ -162,11 +162,11 @@ class Recorder(UnifiedScheduler):
 
     def busy_calls(self) -> str:
         """Without the turns in which the loop was idle, before and after."""
-        return re.sub("^(en)*|(en)*$", "", self.calls)
+        return re.sub("^n*|n*$", "", self.calls)
 
     def is_idle(self) -> bool:
         """Every step that was planned has landed."""
-        return self.calls.endswith("en") and self.calls.count("p") == self.calls.count("c") + self.calls.count("f")
+        return self.calls.endswith("n") and self.calls.count("p") == self.calls.count("c") + self.calls.count("f")
 
 
 class OneRequest:

@@ -77,8 +77,13 @@ class SimulatedEngine:
 
     def turn(self) -> bool:
         """One turn of the loop; False if there is nothing to do, and nothing that could bring any."""
-        self.expired_at = self.now
-        self._emit(self._scheduler.expire(self.now))
+        deadline = self._scheduler.next_deadline()
+        if deadline is not None and deadline <= self.now:
+            if self._in_flight is not None and self._in_flight.ends_at <= self.now:
+                self._land(self._in_flight)
+                self._in_flight = None
+            self.expired_at = self.now
+            self._emit(self._scheduler.expire(self.now))
         launched = self._launch()
         if self._in_flight is not None:
             self._land(self._in_flight)
