@@ -40,7 +40,7 @@ RUNTIME_ORDER = (
     ("template_budget", "tracing"),
     ("engine",),
     ("scheduler", "executor"),
-    ("pages", "sequence", "models", "sampler"),
+    ("pages", "sequence", "models", "sampler", "step_rows"),
     ("processors",),
 )
 PURE = ("ferrum_rt.runtime.scheduler", "ferrum_rt.runtime.pages", "ferrum_rt.runtime.sequence")
