@@ -39,8 +39,8 @@ RUNTIME_ORDER = (
     ("template_guard", "token_bytes"),
     ("template_budget", "tracing"),
     ("engine",),
-    ("scheduler", "executor"),
-    ("pages", "sequence", "models", "sampler", "step_rows"),
+    ("scheduler", "executor", "cuda_executor"),
+    ("pages", "sequence", "models", "sampler", "step_rows", "step_inputs"),
     ("processors",),
 )
 PURE = ("ferrum_rt.runtime.scheduler", "ferrum_rt.runtime.pages", "ferrum_rt.runtime.sequence")

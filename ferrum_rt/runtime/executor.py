@@ -1,16 +1,17 @@
 """The ModelExecutor: slots, pages, the decoder and the sampler, on one thread and one device."""
 
 from concurrent.futures import Future
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ferrum_rt.interfaces.model_executor import PrefillInput, StepInput, StepOutput
-from ferrum_rt.interfaces.sampler import Sampler, SamplingContext, TokenScores
+from ferrum_rt.interfaces.model_executor import StepInput, StepOutput
+from ferrum_rt.interfaces.sampler import Sampler, SamplingContext
 from ferrum_rt.interfaces.types import MemoryUsage, ModelInfo
-from ferrum_rt.kernels.batch import KvPages, QuerySpan, TokenBatch
+from ferrum_rt.kernels.batch import KvPages, TokenBatch
 from ferrum_rt.runtime.models.decoder import Decoder
-from ferrum_rt.runtime.step_rows import StepRows, lay_out, memory_of, outputs_of, page_rows, scored_tokens, table_changes
+from ferrum_rt.runtime.step_rows import StepRows, lay_out, memory_of, outputs_of, page_rows, prompt_scores, table_changes
 from ferrum_rt.runtime.worker import finished
 
 
@@ -36,6 +37,7 @@ class DecoderExecutor:
         pages_per_slot = -(-model_info.max_model_len // block_size)
         self._block_tables = decoder.ops.zeros((num_slots, pages_per_slot), torch.int64)
         self._last_tokens = decoder.ops.zeros((num_slots,), torch.int64)
+        self._rows = torch.arange(num_slots)
 
     @torch.inference_mode()
     def execute(self, step: StepInput) -> Future[StepOutput]:
@@ -49,7 +51,8 @@ class DecoderExecutor:
         self._sampler.prepare(context)
         hidden = self._decoder.forward(batch, self._decoder.plan_attention(batch), self._cache)
         scores = [
-            self._score(hidden, item, span) for item, span in zip(step.batch.prefills, rows.prefill_spans, strict=True)
+            prompt_scores(partial(self._decoder.logits, hidden), self._sampler, item, span, self._rows)
+            for item, span in zip(step.batch.prefills, rows.prefill_spans, strict=True)
         ]
         tokens = self._sampler.sample(self._decoder.logits(hidden, batch.logit_rows), context)
         self._last_tokens[rows.sampled_slots] = torch.tensor([item.token_id or 0 for item in tokens], dtype=torch.int64)
@@ -73,16 +76,6 @@ class DecoderExecutor:
             targets = page_rows(torch.tensor([item.target for item in step.copied]), self._block_size)
             for layer in self._cache:
                 self._decoder.ops.copy_kv(layer, sources, targets)
-
-    def _score(self, hidden: Tensor, item: PrefillInput, span: QuerySpan) -> list[TokenScores]:
-        """Scores of the tokens that follow those of the chunk, as many at a time as there are slots."""
-        targets = scored_tokens(item)
-        scores: list[TokenScores] = []
-        for start in range(0, len(targets), self.num_slots):
-            part = targets[start : start + self.num_slots]
-            rows = torch.arange(span.row + start, span.row + start + len(part))
-            scores.extend(self._sampler.score(self._decoder.logits(hidden, rows), part, item.num_scores or 0))
-        return scores
 
     def _batch(self, rows: StepRows) -> TokenBatch:
         decoded = self._last_tokens[rows.slots[: rows.num_decodes]]

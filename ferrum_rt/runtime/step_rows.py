@@ -1,6 +1,6 @@
 """What every executor does alike: a step's inputs as rows, and its results as outputs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from ferrum_rt.interfaces.model_executor import (
     StepOutput,
     UnifiedBatch,
 )
-from ferrum_rt.interfaces.sampler import SampledToken, TokenScores
+from ferrum_rt.interfaces.sampler import SampledToken, Sampler, TokenScores
 from ferrum_rt.interfaces.types import MemoryUsage, TokenId
 from ferrum_rt.kernels.batch import KvPages, QuerySpan
 
@@ -89,6 +89,19 @@ def scored_tokens(item: PrefillInput) -> list[TokenId]:
     if item.num_scores is None:
         return []
     return item.token_ids[1:] if item.token_after is None else [*item.token_ids[1:], item.token_after]
+
+
+def prompt_scores(
+    logits_of: Callable[[Tensor], Tensor], sampler: Sampler[Tensor], item: PrefillInput, span: QuerySpan, rows: Tensor
+) -> list[TokenScores]:
+    """The scores of a chunk, if it is to give any. ``logits_of`` takes as many rows at a time as ``rows`` has, which are 0,
+    1, 2, … on the device."""
+    targets = scored_tokens(item)
+    scores: list[TokenScores] = []
+    for start in range(0, len(targets), len(rows)):
+        part = targets[start : start + len(rows)]
+        scores.extend(sampler.score(logits_of(rows[: len(part)] + (span.row + start)), part, item.num_scores or 0))
+    return scores
 
 
 def outputs_of(items: UnifiedBatch, tokens: Sequence[SampledToken], scores: Sequence[Sequence[TokenScores]]) -> StepOutput:
