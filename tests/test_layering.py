@@ -34,13 +34,14 @@ RUNTIME_ORDER = (
     ("runtime",),
     ("generation", "resolve"),
     ("loader", "output_text"),
+    ("cuda_backend",),
     ("tokenizer", "grammar"),
     ("chat_template", "special_tokens", "detokenizer", "tool_calls", "grammar_limits"),
     ("template_guard", "token_bytes"),
     ("template_budget", "tracing"),
     ("engine",),
     ("scheduler", "executor", "cuda_executor"),
-    ("pages", "sequence", "models", "sampler", "step_rows", "step_inputs"),
+    ("pages", "sequence", "models", "sampler", "step_rows", "step_inputs", "load_job"),
     ("processors",),
 )
 PURE = ("ferrum_rt.runtime.scheduler", "ferrum_rt.runtime.pages", "ferrum_rt.runtime.sequence")

@@ -71,8 +71,8 @@ class StandInOps(ReferenceOps):
 
 
 def draw_stand_in(logits: Tensor, params: DrawParams) -> Tensor:
-    """Greedy rows and rows of the whole vocabulary just as BatchSampler draws them; where top_k, top_p or min_p cut, from what
-    they leave in the order of a sorted row. -1 for a row without a finite maximum."""
+    """Greedy rows and rows of the whole vocabulary just as BatchSampler draws them; where top_k, top_p or min_p cut, from
+    what they leave. -1 for a row without a finite maximum."""
     num_rows, vocab_size = logits.shape
     x = workspace(num_rows, vocab_size, "cpu")
     x[:, :vocab_size] = logits

@@ -89,15 +89,22 @@ class EmulatedDevice:
         self._captured: list[Operation] | None = None
         self._death: FatalError | None = None
         self._owner: int | None = None
+        self._is_inside = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="emulated-device")
 
     # -- what the executor calls --------------------------------------------------------------------------------------
 
     @contextmanager
     def stream(self) -> Iterator[None]:
-        self._owner = threading.get_ident()
-        with _Reads(self), _TakesDown(self):
+        if self._is_inside:
             yield
+            return
+        self._owner, self._is_inside = threading.get_ident(), True
+        try:
+            with _Reads(self), _TakesDown(self):
+                yield
+        finally:
+            self._is_inside = False
 
     def pinned(self, num_elements: int, dtype: torch.dtype) -> Tensor:
         self._pinned.append(torch.zeros(num_elements, dtype=dtype))
@@ -246,6 +253,9 @@ class _Reads(TorchFunctionMode):
     ) -> Any:
         if function in _READERS:
             self._device.sync()
+        if function is torch.asarray:  # the host's own memory, of a file say, seen as a tensor
+            with torch._C._DisableTorchDispatch():
+                return function(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
 

@@ -111,8 +111,8 @@ def decodes(positions: dict[int, int], **changes: list[PageAppend]) -> StepInput
 
 def outputs_of(future: "Future[StepOutput]") -> list[TokenId | None]:
     output = future.result(timeout=30)
-    items = [*output.decodes, *output.prefills]
-    return [None if item.sampled is None else item.sampled.token_id for item in items]
+    sampled = [*(item.sampled for item in output.decodes), *(item.sampled for item in output.prefills)]
+    return [None if item is None else item.token_id for item in sampled]
 
 
 def tokens_of(future: "Future[StepOutput]") -> list[int]:

@@ -160,7 +160,8 @@ class _Loader:
         for known, table in self._tables:
             if known == rope:
                 return table
-        table = cos_sin_table(rope, self._max_model_len)
+        values = cos_sin_table(rope, self._max_model_len)
+        table = self._ops.empty(values.shape, values.dtype).copy_(values)
         self._tables.append((rope, table))
         return table
 
