@@ -83,6 +83,7 @@ class EmulatedDevice:
         self.die_at: int | None = None
         self.num_failures = 1
         self.graphs: list[EmulatedGraph] = []
+        self.last_event = EmulatedEvent(self)
         self._is_lazy, self._capacity = is_lazy, capacity
         self._queue: deque[Operation | EmulatedEvent] = deque()
         self._pinned: list[Tensor] = []
@@ -122,7 +123,7 @@ class EmulatedDevice:
     def record(self) -> EmulatedEvent:
         self.check_alive()
         assert self._captured is None, "an event cannot be recorded in a graph"
-        event = EmulatedEvent(self)
+        self.last_event = event = EmulatedEvent(self)
         self._queue.append(event)
         return event
 
@@ -168,11 +169,12 @@ class EmulatedDevice:
     def num_queued(self) -> int:
         return sum(not isinstance(item, EmulatedEvent) for item in self._queue)
 
-    def advance(self) -> None:
-        """Run all that is queued now."""
-        event = EmulatedEvent(self)
-        self._queue.append(event)
-        self._run(event, must_work=False)
+    def advance(self, to: EmulatedEvent | None = None) -> None:
+        """Run what is queued before ``to``, or all."""
+        if to is None:
+            to = EmulatedEvent(self)
+            self._queue.append(to)
+        self._run(to, must_work=False)
 
     def close(self) -> None:
         self._thread.shutdown()
