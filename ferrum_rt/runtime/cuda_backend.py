@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ferrum_rt.interfaces.errors import DeviceError, FerrumError, Unsupported
+from ferrum_rt.interfaces.errors import DeviceError, EngineFailed, FerrumError, ResourceExhausted, Unsupported
 from ferrum_rt.interfaces.kv_dtype import KvDtypeKind
 from ferrum_rt.interfaces.model_executor import PrefillInput, SlotAssignment, StepInput, UnifiedBatch
 from ferrum_rt.interfaces.sampler import SamplingConfig, SequenceHistory
@@ -80,6 +80,8 @@ def build_cuda_executor(job: LoadJob, cuda: CudaBackend) -> CudaExecutor:
     try:
         with torch.inference_mode(), cuda.device.stream():
             return _Builder(job, cuda, dtype, kv_kind).build()
+    except (EngineFailed, ResourceExhausted) as error:  # of the step that is measured
+        raise DeviceError(f"device 'cuda': {error}") from error
     except FerrumError:
         raise
     except Exception as error:

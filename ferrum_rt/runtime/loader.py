@@ -55,8 +55,8 @@ class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_model(config: EngineConfig, find_cuda: Callable[[Device], CudaBackend | None] = find_cuda) -> LoadedModel:
-    """Load what ``config`` names. Blocking and slow: call it in the executor's thread. ``find_cuda`` says what to run on; None
-    is the CPU.
+    """Load what ``config`` names. Blocking and slow: call it in the executor's thread. ``find_cuda`` says what to run on,
+    None for the CPU.
 
     Raises ConfigError, DeviceError, ModelError or TokenizerError, and then nothing is left behind.
     """

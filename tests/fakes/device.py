@@ -348,12 +348,7 @@ _shapes: dict[Any, Any] = {}
 
 def _like(function: Any, args: Any, kwargs: Any) -> Any:
     """Poisoned tensors of the shapes that the result will have; None if that depends on what is in the arguments."""
-    flat, tree = tree_flatten((args, kwargs))
-    key = (
-        function,
-        str(tree),
-        tuple((x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else (type(x), x) for x in flat),
-    )
+    key = function, _signature(args), _signature(tuple(kwargs.items()))
     if key not in _shapes:
         _shapes[key] = _infer(function, args, kwargs)
     shapes = _shapes[key]
@@ -361,6 +356,12 @@ def _like(function: Any, args: Any, kwargs: Any) -> Any:
         return None
     made = [poison(torch.empty_strided(size, stride, dtype=dtype)) for size, stride, dtype in shapes]
     return made[0] if len(made) == 1 and len(function._schema.returns) == 1 else tuple(made)
+
+
+def _signature(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.shape, x.stride(), x.dtype
+    return tuple(map(_signature, x)) if isinstance(x, (list, tuple)) else (type(x), x)
 
 
 def _infer(function: Any, args: Any, kwargs: Any) -> list[tuple[Any, Any, torch.dtype]] | None:

@@ -11,7 +11,6 @@ import torch
 from ferrum_rt.interfaces.errors import BackendError, EngineFailed, ResourceExhausted
 from ferrum_rt.interfaces.model_executor import (
     DecodeInput,
-    ModelExecutor,
     PageAppend,
     PageCopy,
     PrefillInput,
@@ -124,12 +123,6 @@ def continuation(prompt: list[int], count: int) -> list[int]:
     for _ in range(count):
         tokens.append(next_token(tokens))
     return tokens[len(prompt) :]
-
-
-def test_it_is_an_executor() -> None:
-    """The executor has all that the engine asks of one."""
-    kind: type[ModelExecutor] = CudaExecutor
-    assert kind is CudaExecutor
 
 
 @pytest.mark.parametrize(

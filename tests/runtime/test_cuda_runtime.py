@@ -44,8 +44,7 @@ async def generate(engine: Runtime, requests: list[dict[str, Any]], max_tokens: 
     async def run(index: int) -> None:
         prompt = PROMPTS[index % len(PROMPTS)]
         response = await engine.infer(prompt, max_tokens=max_tokens, seed=index, **requests[index])
-        outputs = response.outputs or [response]
-        found[index] = [list(output.token_ids) for output in outputs]
+        found[index] = [list(output.token_ids) for output in response.outputs or ()] or [list(response.token_ids)]
 
     async with anyio.create_task_group() as tasks:
         for index in range(len(requests)):
