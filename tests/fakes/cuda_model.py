@@ -103,11 +103,14 @@ def draw_by_sample(logits: Tensor, params: DrawParams) -> Tensor:
 
 class TokenDecoder:
     """Keeps token ids in the pages, int64 [tokens, 1], and reads the whole sequence back to answer: the likeliest token is
-    ``next_token`` of tests.fakes.memory. ``sees`` is told each batch that is not captured."""
+    ``next_token`` of tests.fakes.memory. ``sees`` is told each batch that is not captured. Like kernels that are compiled at
+    their first use, it cannot be captured before it has run."""
 
     attention_kinds: tuple[AttentionKind, ...] = ()
 
-    def __init__(self, max_len: int, max_rows: int, block_size: int) -> None:
+    def __init__(self, device: EmulatedDevice, max_len: int, max_rows: int, block_size: int) -> None:
+        self._device, self._compiled_for = device, set[int]()
+        self._embedding = torch.arange(VOCABULARY)
         self._powers = torch.tensor([pow(_FACTOR, power, _PRIME) for power in range(max_len + 1)])
         self._block_size = block_size
         self._logits = torch.zeros((max_rows, VOCABULARY))
@@ -123,7 +126,11 @@ class TokenDecoder:
 
     def forward(self, batch: TokenBatch, plan: Any, cache: list[KvPages]) -> Tensor:
         kv_slots, lengths = plan
-        cache[0].data.index_copy_(0, batch.kv_slots, batch.token_ids[:, None])
+        num_tokens = len(batch.token_ids)
+        assert num_tokens in self._compiled_for or not self._device.is_capturing, "compiled while it is captured"
+        self._compiled_for.add(num_tokens)
+        embedded = self._embedding.index_select(0, batch.token_ids)  # a token that is none is an error here
+        cache[0].data.index_copy_(0, batch.kv_slots, embedded[:, None])
         known = cache[0].data[kv_slots, 0]
         after = lengths[:, None] - 1 - torch.arange(known.shape[1])
         weights = self._powers[after.clamp(min=0)].where(after >= 0, 0)

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from ferrum_rt.interfaces.tokenizer import IncrementalTokenizer, Tokenizer, TokenizerFactory
     from ferrum_rt.kernels.cpu.ops import CpuOps
     from ferrum_rt.kernels.reference import ReferenceOps
-    from ferrum_rt.runtime.detokenizer import IncrementalDecoder, WindowDecoder
     from ferrum_rt.runtime.cuda_executor import CudaExecutor
+    from ferrum_rt.runtime.detokenizer import IncrementalDecoder, WindowDecoder
     from ferrum_rt.runtime.executor import DecoderExecutor
     from ferrum_rt.runtime.pages import PagedKvCache
     from ferrum_rt.runtime.runtime import Runtime

@@ -44,7 +44,7 @@ class Machine:
                 dtype=DataType.FLOAT32,
                 device=Device.CUDA,
             ),
-            TokenDecoder(MAX_LEN, NUM_SLOTS, BLOCK_SIZE),
+            TokenDecoder(self.device, MAX_LEN, NUM_SLOTS, BLOCK_SIZE),
             self.ops,
             BatchSampler(NUM_SLOTS, VOCABULARY, MAX_LEN),
             [self.pages],

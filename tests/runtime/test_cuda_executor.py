@@ -37,7 +37,7 @@ class Rig:
     def __init__(self, *, is_lazy: bool = False, has_graphs: bool = True) -> None:
         self.device = EmulatedDevice(is_lazy=is_lazy)
         self.ops = StandInOps(self.device, BLOCK_SIZE)
-        self.decoder = TokenDecoder(MAX_LEN, NUM_SLOTS, BLOCK_SIZE)
+        self.decoder = TokenDecoder(self.device, MAX_LEN, NUM_SLOTS, BLOCK_SIZE)
         self.pages = KvPages(torch.full(((NUM_PAGES + 1) * BLOCK_SIZE, 1), POISON))
         self.sampler = BatchSampler(NUM_SLOTS, VOCABULARY, MAX_LEN)
         self.executor = CudaExecutor(
@@ -202,6 +202,28 @@ def test_the_next_step_is_enqueued_before_this_one_ran() -> None:
         assert not first.done()
         made.device.advance()
         assert [token, *tokens_of(first), *tokens_of(second)] == continuation([3], 3)
+
+
+def test_a_third_step_waits_for_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps have memory to be on their way in; the third is not written there before the first has been read."""
+    waited: list[Future[StepOutput]] = []
+
+    with rig(is_lazy=True) as made:
+
+        def wait(futures: list[Future[StepOutput]]) -> None:
+            waited.extend(futures)
+            made.device.advance()
+            futures[0].exception(timeout=30)
+
+        assigned = SlotAssignment(0, RequestId("0"), SamplingConfig(), [0, 1])
+        prefill = UnifiedBatch([], [PrefillInput(0, [TokenId(3)], 0, True)])
+        monkeypatch.setattr("ferrum_rt.runtime.cuda_executor.wait", wait)
+        futures = [made.executor.execute(StepInput([assigned], [], [], prefill)), made.executor.execute(decodes({0: 1}))]
+        assert waited == []
+        futures.append(made.executor.execute(decodes({0: 2})))
+        assert waited == futures[:1]
+        made.device.advance()
+        assert [token for future in futures for token in tokens_of(future)] == continuation([3], 3)
 
 
 def test_results_are_poison_until_their_event() -> None:
