@@ -283,6 +283,8 @@ def test_doctor_reports_and_tries_the_model(cli: Cli) -> None:
     assert set(report["versions"]) == {"python", "ferrum_rt", "torch", "tokenizers", "msgspec", "anyio", "uvloop"}
     assert report["versions"]["ferrum_rt"] == ferrum_rt.__version__
     assert report["cores"] >= 1
+    assert (report["cuda_lacks"] or "can be used") in as_text.out
+    assert set(report["cuda_tools"]) == {"nvcc", "ninja"}
     assert report["memory_total"] > report["memory_available"] > 0
     assert report["self_test"]["ok"] is True
     assert report["cpu"] in as_text.out

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import shutil
 from pathlib import Path
 
 import anyio
@@ -16,6 +17,8 @@ from ferrum_rt.interfaces.types import ModelId
 
 _PACKAGES = ("torch", "tokenizers", "msgspec", "anyio", "uvloop")
 _OPTIONAL = ("flashinfer", "huggingface_hub")
+# FlashInfer compiles each kernel at its first use.
+_CUDA_TOOLS = ("nvcc", "ninja")
 # The ones that CPU kernels for bfloat16 and int8 choose between.
 _INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
 _PROMPT, _NUM_TOKENS = "def ", 8
@@ -31,7 +34,8 @@ class SelfTest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """``versions`` of packages that are not installed are None; ``cuda`` is the GPU's name; memory is in bytes."""
+    """``versions`` of packages that are not installed are None; memory is in bytes. ``cuda`` is the GPU's name,
+    ``cuda_lacks`` why there is no device cuda, ``cuda_tools`` which tools of the compiler are on the PATH."""
 
     versions: dict[str, str | None]
     importable: dict[str, bool]
@@ -41,6 +45,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     memory_total: int
     memory_available: int
     cuda: str | None
+    cuda_lacks: str | None
+    cuda_tools: dict[str, bool]
     self_test: SelfTest
 
 
@@ -67,6 +73,8 @@ def _examine(model: str | None) -> Report:
         memory_total=_bytes(memory.get("MemTotal")),
         memory_available=_bytes(memory.get("MemAvailable")),
         cuda=_cuda_device(),
+        cuda_lacks=_what_cuda_lacks(),
+        cuda_tools={name: shutil.which(name) is not None for name in _CUDA_TOOLS},
         self_test=_self_test(model),
     )
 
@@ -101,6 +109,15 @@ def _cuda_device() -> str | None:
         return None
 
 
+def _what_cuda_lacks() -> str | None:
+    try:
+        from ferrum_rt.runtime.cuda_backend import what_cuda_lacks
+
+        return what_cuda_lacks()
+    except Exception as error:
+        return f"{type(error).__name__}: {one_line(error)}"
+
+
 def _self_test(model: str | None) -> SelfTest:
     try:
         return anyio.run(_generate, model, backend_options={"use_uvloop": True})
@@ -129,6 +146,8 @@ def _as_text(report: Report) -> str:
         "instruction sets": " ".join(name for name, found in report.instruction_sets.items() if found) or "none",
         "memory": f"{report.memory_total / gib:.1f} GiB, {report.memory_available / gib:.1f} GiB available",
         "cuda": report.cuda or "not available",
+        "device cuda": report.cuda_lacks or "can be used",
+        "cuda tools": " ".join(name for name, found in report.cuda_tools.items() if found) or "none on the PATH",
         "self test": f"ok: {test.model} continues {_PROMPT!r} with {test.text!r}" if test.ok else f"failed: {test.error}",
     }
     return "\n".join(f"{name:<18}{value}" for name, value in lines.items())

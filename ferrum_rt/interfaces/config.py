@@ -90,9 +90,14 @@ class KvCacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 class MemoryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``kv_cache_bytes`` bounds the page pool. None: a quarter of the machine's available memory, at most what the
-    running requests could ever fill. The memory is touched only as pages are used."""
+    running requests could ever fill. The memory is touched only as pages are used.
+
+    On a GPU the pool also fits in what is left of ``utilization``, a fraction of the whole GPU's memory, besides weights,
+    the largest step and what others use there.
+    """
 
     kv_cache_bytes: int | None = None
+    utilization: float = 0.9
 
 
 class BatchingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -230,6 +235,8 @@ def _convert(tree: dict[str, Any]) -> EngineConfig:
             f"batching.max_batched_tokens ({tokens}) must be at least scheduler.max_running_requests ({requests}): each "
             "running request decodes one token a step"
         )
+    if not 0 < config.memory.utilization <= 1:
+        raise ConfigError(f"memory.utilization must be above 0 and at most 1, got {config.memory.utilization}")
     if not 0 <= config.scheduler.drain_s < math.inf:
         raise ConfigError(f"scheduler.drain_s must be a number of seconds, got {config.scheduler.drain_s}")
     _check_policies(config.scheduler)

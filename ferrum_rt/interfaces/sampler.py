@@ -55,6 +55,12 @@ class SamplingConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Whether only a part of the vocabulary is drawn from."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.typical_p < 1 or self.mirostat is not None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a token is drawn from the model's own logits by nothing but temperature, top_k, top_p, min_p and seed, and
+        nothing is asked but the token."""
+        return not self.changes_logits and self.typical_p >= 1 and self.mirostat is None and self.logprobs is None
+
 
 class SequenceHistory(msgspec.Struct, frozen=True, kw_only=True):
     """What the sampler must know of a sequence that gets a slot: its tokens so far (none, if its configuration looks at

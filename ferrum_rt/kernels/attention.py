@@ -81,7 +81,8 @@ def _group(batch: TokenBatch, spans: list[QuerySpan], count: int) -> AttentionGr
     # and a weight of 0 would not stop that.
     kv_slots = torch.where(keys < starts[:, None] + count, kv_slots, kv_slots[:, :1])
     rows = (first_rows[:, None] + steps).flatten()
-    is_whole = torch.equal(rows, torch.arange(len(batch.positions), device=device))
+    # Asked on the host: a device would have to be waited for.
+    is_whole = [span.row for span in spans] == list(range(0, len(batch.positions), count))
     return AttentionGroup(None if is_whole else rows, kv_slots, distance)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,46 +11,32 @@ import torch
 
 from ferrum_rt.interfaces.config import EngineConfig
 from ferrum_rt.interfaces.errors import (
-    ConfigError,
-    DeviceError,
     ModelError,
     RequestValidationError,
     TokenizerError,
     Unsupported,
 )
 from ferrum_rt.interfaces.grammar import GrammarCompiler
-from ferrum_rt.interfaces.kv_dtype import KV_DTYPES, KvDtypeKind
+from ferrum_rt.interfaces.kv_dtype import KvDtypeKind
 from ferrum_rt.interfaces.model_executor import ModelExecutor
 from ferrum_rt.interfaces.requests import check_sampling
 from ferrum_rt.interfaces.tokenizer import Tokenizer
-from ferrum_rt.interfaces.types import DataType, Device, ModelId, ModelInfo, ModelSource, SamplingParams, TokenId
-from ferrum_rt.kernels.batch import KvPages, allocate_pages
+from ferrum_rt.interfaces.types import DataType, Device, ModelSource, SamplingParams, TokenId
 from ferrum_rt.kernels.cpu import CpuOps
+from ferrum_rt.runtime.cuda_backend import CudaBackend, build_cuda_executor, find_cuda
 from ferrum_rt.runtime.executor import DecoderExecutor
 from ferrum_rt.runtime.grammar import LlGrammarCompiler
 from ferrum_rt.runtime.json_file import read_json
+from ferrum_rt.runtime.load_job import TORCH_DTYPES, LoadJob, allocate_cache, bytes_per_page, fit_pages, wanted_length
 from ferrum_rt.runtime.models.decoder import Decoder, load_weights
 from ferrum_rt.runtime.models.families import DecoderSpec, parse_config
 from ferrum_rt.runtime.models.weights import CheckpointReader, DummyReader
-from ferrum_rt.runtime.progress import loading_bar
 from ferrum_rt.runtime.sampler import BatchSampler
 from ferrum_rt.runtime.tokenizer import HfTokenizerFactory
 from ferrum_rt.runtime.tool_calls import ToolFormat, detect_format
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
 
-_TORCH_DTYPES = {
-    DataType.FLOAT32: torch.float32,
-    DataType.BFLOAT16: torch.bfloat16,
-    DataType.FLOAT16: torch.float16,
-}
-_KV_TORCH_DTYPES = {
-    KvDtypeKind.FLOAT32: torch.float32,
-    KvDtypeKind.BFLOAT16: torch.bfloat16,
-    KvDtypeKind.FLOAT16: torch.float16,
-    KvDtypeKind.FP8: torch.float8_e4m3fn,
-    KvDtypeKind.INT8: torch.int8,
-}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
@@ -67,11 +54,13 @@ class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
     tool_format: ToolFormat | None = None
 
 
-def load_model(config: EngineConfig) -> LoadedModel:
-    """Load what ``config`` names. Blocking and slow: call it in the executor's thread.
+def load_model(config: EngineConfig, find_cuda: Callable[[Device], CudaBackend | None] = find_cuda) -> LoadedModel:
+    """Load what ``config`` names. Blocking and slow: call it in the executor's thread. ``find_cuda`` says what to run on,
+    None for the CPU.
 
     Raises ConfigError, DeviceError, ModelError or TokenizerError, and then nothing is left behind.
     """
+    cuda = find_cuda(config.backend.device)
     directory = resolve_model(config.model.source)
     raw = read_json(directory / "config.json", ModelError)
     try:
@@ -90,7 +79,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         grammars = LlGrammarCompiler(directory / "tokenizer.json", spec.vocab_size, eos)
         tool_format = detect_format(tokenizer.info.chat_template or "")
     return LoadedModel(
-        executor=_build_executor(directory, config, raw, spec),
+        executor=_build_executor(directory, config, raw, spec, cuda),
         tokenizer=tokenizer,
         eos_token_ids=frozenset(eos),
         defaults=defaults,
@@ -166,83 +155,51 @@ def _sampling_defaults(path: Path, generation: dict[str, Any]) -> SamplingParams
         raise ModelError(f"{path}: {error}") from error
 
 
-def _build_executor(directory: Path, config: EngineConfig, raw: dict[str, Any], spec: DecoderSpec) -> ModelExecutor:
-    if config.backend.device is Device.CUDA:
-        raise DeviceError("device 'cuda': the CUDA executor is not part of this version; use 'cpu' or 'auto'")
-    dtype_name = config.backend.dtype or _checkpoint_dtype(raw)
-    dtype = _TORCH_DTYPES[dtype_name]
-    kv_kind = config.kv_cache.dtype or KvDtypeKind(dtype_name.value)
-    max_model_len, num_pages = _size_cache(config, spec, kv_kind)
-    num_slots, block_size = config.scheduler.max_running_requests, config.kv_cache.block_size
-
-    ops = CpuOps()
+def _build_executor(
+    directory: Path, config: EngineConfig, raw: dict[str, Any], spec: DecoderSpec, cuda: CudaBackend | None
+) -> ModelExecutor:
     is_dummy = config.model.load_format == "dummy"
-    reader = DummyReader(spec.norm_offset) if is_dummy else CheckpointReader(directory)
-    progress = loading_bar(directory.name, enabled=config.monitoring.progress)
+    device = "cpu" if cuda is None else cuda.device.name
+    job = LoadJob(
+        config=config,
+        spec=spec,
+        name=directory.name,
+        dtype=_dtype(raw, config.backend.dtype),
+        open_reader=lambda: DummyReader(spec.norm_offset, device) if is_dummy else CheckpointReader(directory, device),
+    )
+    return build_cuda_executor(job, cuda) if cuda is not None else _build_cpu_executor(job)
+
+
+def _build_cpu_executor(job: LoadJob) -> DecoderExecutor:
+    config, spec, dtype = job.config, job.spec, job.dtype
+    kv_kind = config.kv_cache.dtype or KvDtypeKind(dtype.value)
+    wanted_len = wanted_length(config, spec)
+    budget = config.memory.kv_cache_bytes or available_memory() // 4
+    max_model_len, num_pages = fit_pages(config, wanted_len, bytes_per_page(config, spec, kv_kind), budget)
+    num_slots, block_size = config.scheduler.max_running_requests, config.kv_cache.block_size
+    ops = CpuOps()
     with torch.inference_mode():
-        weights = load_weights(spec, reader, ops, dtype, max_model_len, progress)
-        decoder = Decoder(spec, weights, ops, dtype, config.batching.max_batched_tokens, num_slots)
-        cache = _allocate_cache(spec, num_pages * block_size, _KV_TORCH_DTYPES[kv_kind], ops.device)
+        weights = load_weights(spec, job.open_reader(), ops, TORCH_DTYPES[dtype], max_model_len, job.loading_bar())
+        decoder = Decoder(spec, weights, ops, TORCH_DTYPES[dtype], config.batching.max_batched_tokens, num_slots)
         return DecoderExecutor(
-            ModelInfo(
-                id=ModelId(config.model.source or "demo"),
-                type=spec.type,
-                num_parameters=weights.num_parameters,
-                num_layers=len(spec.layers),
-                hidden_size=spec.hidden_size,
-                vocab_size=spec.vocab_size,
-                max_model_len=max_model_len,
-                dtype=dtype_name,
-                device=Device.CPU,
-            ),
+            job.model_info(weights.num_parameters, max_model_len, dtype, Device.CPU),
             decoder,
             BatchSampler(num_slots, spec.vocab_size, max_model_len, ops.device),
-            cache,
+            allocate_cache(spec, num_pages * block_size, kv_kind, ops.device),
             num_slots=num_slots,
             num_pages=num_pages,
             block_size=block_size,
         )
 
 
-def _allocate_cache(spec: DecoderSpec, num_tokens: int, dtype: torch.dtype, device: str) -> list[KvPages]:
-    try:
-        return [allocate_pages(num_tokens, spec.num_kv_heads, spec.head_dim, dtype, device) for _ in spec.layers]
-    except MemoryError as error:
-        raise ConfigError(f"kv_cache.num_pages: no memory for the keys and values of {num_tokens} tokens") from error
-
-
-def _checkpoint_dtype(raw: dict[str, Any]) -> DataType:
+def _dtype(raw: dict[str, Any], wanted: DataType | None) -> DataType:
+    if wanted is not None:
+        return wanted
     name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     try:
         return DataType(name)
     except ValueError as error:
         raise Unsupported(f"config.json: dtype {name!r} is not supported; choose one with dtype=") from error
-
-
-def _size_cache(config: EngineConfig, spec: DecoderSpec, kv_kind: KvDtypeKind) -> tuple[int, int]:
-    """(max_model_len, num_pages)."""
-    kv_dtype, block_size = KV_DTYPES[kv_kind], config.kv_cache.block_size
-    per_head = spec.head_dim * kv_dtype.itemsize + kv_dtype.scale_bytes
-    page_bytes = 2 * len(spec.layers) * spec.num_kv_heads * per_head * block_size
-    wanted_len = config.model.max_model_len or spec.max_positions
-    if wanted_len > spec.max_positions:
-        raise ConfigError(
-            f"model.max_model_len is {wanted_len}, but this model was made for at most {spec.max_positions} tokens"
-        )
-    num_pages = config.kv_cache.num_pages
-    if num_pages is None:
-        budget = config.memory.kv_cache_bytes or available_memory() // 4
-        most = config.scheduler.max_running_requests * -(-wanted_len // block_size)
-        num_pages = min(most, budget // page_bytes)
-    room = num_pages * block_size
-    if room < 1:
-        raise ConfigError(f"memory.kv_cache_bytes is too small: one page takes {page_bytes} bytes")
-    if config.model.max_model_len is not None and wanted_len > room:
-        raise ConfigError(
-            f"model.max_model_len is {wanted_len}, but the KV cache's {num_pages} pages of {block_size} tokens hold {room}; "
-            "raise memory.kv_cache_bytes or kv_cache.num_pages, or lower max_model_len"
-        )
-    return min(wanted_len, room), num_pages
 
 
 def available_memory() -> int:

@@ -73,7 +73,8 @@ class Processors:
         if history.token_ids:
             self._history[slot, : len(history.token_ids)] = torch.tensor(history.token_ids, dtype=torch.int64)
         if config.logit_bias:
-            state.bias = self._tensor(list(config.logit_bias)), torch.tensor(list(config.logit_bias.values()))
+            bias = torch.tensor(list(config.logit_bias.values()), device=self._device)
+            state.bias = self._tensor(list(config.logit_bias)), bias
         if config.min_tokens:
             state.ends = self._tensor(sorted(config.end_token_ids))
         if config.bad_words:

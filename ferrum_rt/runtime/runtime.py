@@ -253,9 +253,9 @@ class Runtime:
 
     @contextmanager
     def _open(self, request: InferenceRequest) -> Iterator[tuple[Generation, ChunkStream]]:
+        self._check_takes_requests()
         capacity = self._config.batching.stream_capacity
         chunks = ChunkStream(request.sampling_params.n, capacity, lambda: self.resume(generation))
-        self._check_takes_requests()
         try:
             generation = self.start(_due_with_scope(request), chunks)
             try:

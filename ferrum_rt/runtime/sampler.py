@@ -65,20 +65,24 @@ class BatchSampler:
         groups = [self._groups[slot] for slot in context.slots]
         tokens: list[TokenId | None] = [None] * len(groups)
         errors: dict[int, FerrumError] = {}
+        bounds: dict[int, float] = {}
         if _Group.SIMPLE in groups:
             highest, found = argmax(logits)
             tokens = found.tolist()
             errors = {row: _not_numbers() for row in _unsound(highest) if groups[row] is _Group.SIMPLE}
         rows = sorted((row for row, group in enumerate(groups) if group is not _Group.SIMPLE), key=groups.__getitem__)
         if rows:
-            drawn, failed = self._draw(logits, rows, context)
+            drawn, failed, bounds = self._draw(logits, rows, context)
             errors |= failed
             for row, token in zip(rows, drawn, strict=True):
                 tokens[row] = token
         for row in errors:
             tokens[row] = None
-        self._processors.accept(context, tokens)
         scores = self._score_drawn(logits, tokens, configs)
+        # What is remembered comes last: a step that ran out of memory before here can be sampled again.
+        for slot, bound in bounds.items():
+            self._mirostat_mu[slot] = bound
+        self._processors.accept(context, tokens)
         return [
             SampledToken(token, scores.get(row), self._mu_of(slot), errors.get(row))
             for row, (slot, token) in enumerate(zip(context.slots, tokens, strict=True))
@@ -101,8 +105,8 @@ class BatchSampler:
 
     def _draw(
         self, logits: Tensor, rows: list[int], context: SamplingContext
-    ) -> tuple[list[TokenId], dict[int, FerrumError]]:
-        """A token for each of ``rows``, sorted by group; and by row why some can have none."""
+    ) -> tuple[list[TokenId], dict[int, FerrumError], dict[int, float]]:
+        """A token for each of ``rows``, sorted by group; by row why some can have none; by slot Mirostat's next bound."""
         x = self._copy(logits if rows == list(range(len(logits))) else logits[rows])
         failed = self._processors.apply(x, rows, context)
         highest, tokens = argmax(x)
@@ -123,12 +127,12 @@ class BatchSampler:
         if configs[whole]:
             temperature = self._tensor([config.temperature for config in configs[whole]])
             tokens[whole] = draw(x[whole], highest[whole], temperature, draws[whole])
-        part = slice(whole.stop, len(groups))
+        part, bounds = slice(whole.stop, len(groups)), dict[int, float]()
         if configs[part]:
             cut, count = self._truncation(slots[part])
             tokens[part], surprise = draw_truncated(x[part], highest[part], cut, draws[part], count=count)
-            self._adapt_mirostat(slots[part], surprise)
-        return tokens.tolist(), {rows[at]: error for at, error in failed.items()}
+            bounds = self._next_bounds(slots[part], surprise)
+        return tokens.tolist(), {rows[at]: error for at, error in failed.items()}, bounds
 
     def _truncation(self, slots: list[int]) -> tuple[Truncation, int]:
         """And how many candidates to look at."""
@@ -144,13 +148,15 @@ class BatchSampler:
         )
         return cut, max(top_k) if all(top_k) else max(NUM_CANDIDATES, *top_k)
 
-    def _adapt_mirostat(self, slots: list[int], surprise: Tensor) -> None:
-        """Move the bound by how far the surprise was off its target (arXiv:2007.14966, algorithm 2)."""
+    def _next_bounds(self, slots: list[int], surprise: Tensor) -> dict[int, float]:
+        """Mirostat's bounds, moved by how far the surprise was off its target (arXiv:2007.14966, algorithm 2)."""
         if not any(self._configs[slot].mirostat for slot in slots):
-            return
-        for slot, bits in zip(slots, surprise.tolist(), strict=True):
-            if (mirostat := self._configs[slot].mirostat) is not None:
-                self._mirostat_mu[slot] -= mirostat.eta * (bits - mirostat.tau)
+            return {}
+        return {
+            slot: self._mirostat_mu[slot] - mirostat.eta * (bits - mirostat.tau)
+            for slot, bits in zip(slots, surprise.tolist(), strict=True)
+            if (mirostat := self._configs[slot].mirostat) is not None
+        }
 
     def _mu_of(self, slot: int) -> float | None:
         return None if self._configs[slot].mirostat is None else self._mirostat_mu[slot]

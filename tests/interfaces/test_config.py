@@ -178,6 +178,13 @@ def test_drain_time_is_a_time(value: float) -> None:
         build(scheduler={"drain_s": value})
 
 
+@pytest.mark.parametrize("value", [0.0, -0.1, 1.1, float("nan")])
+def test_utilization_is_a_fraction(value: float) -> None:
+    """The part of a GPU's memory that may be used is above 0 and at most 1."""
+    with pytest.raises(ConfigError, match=r"memory\.utilization"):
+        build(memory={"utilization": value})
+
+
 def test_a_step_has_room_for_every_running_request() -> None:
     """A step too small for one token of each running request is an error that names both numbers."""
     with pytest.raises(ConfigError, match=r"max_batched_tokens \(10\).*max_running_requests \(64\)"):

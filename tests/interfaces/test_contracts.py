@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ferrum_rt.kernels.cpu.ops import CpuOps
     from ferrum_rt.kernels.cuda.ops import CudaOps
     from ferrum_rt.kernels.reference import ReferenceOps
+    from ferrum_rt.runtime.cuda_executor import CudaExecutor
     from ferrum_rt.runtime.detokenizer import IncrementalDecoder, WindowDecoder
     from ferrum_rt.runtime.executor import DecoderExecutor
     from ferrum_rt.runtime.pages import PagedKvCache
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     # What the tests below see of a signature is its names; mypy compares the types here.
     _engine: type[InferenceEngine] = Runtime
     _cache: type[KvCacheManager] = PagedKvCache
-    _executor: type[ModelExecutor] = DecoderExecutor
+    _executors: tuple[type[ModelExecutor], ...] = (DecoderExecutor, CudaExecutor)
     _sampler: type[Sampler[torch.Tensor]] = BatchSampler
     _scheduler: type[Scheduler] = UnifiedScheduler
     _factory: type[TensorFactory[torch.Tensor]] = ReferenceOps

@@ -1,11 +1,12 @@
 """The scheduler and the page pool against a naive model, on random schedules."""
 
 from collections import deque
+from collections.abc import Callable
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ferrum_rt.interfaces.model_executor import StepOutput
+from ferrum_rt.interfaces.model_executor import StepInput, StepOutput
 from ferrum_rt.interfaces.sampler import SamplingConfig, TokenScores
 from ferrum_rt.interfaces.scheduler import BatchHint, BatchPlan, SequenceRequest, SequenceUpdate
 from ferrum_rt.interfaces.types import FinishReason, Mirostat, Priority, RequestId, TokenId
@@ -32,7 +33,7 @@ class Schedule:
         self.reasons: dict[Output, FinishReason] = {}
         self.scores: dict[RequestId, list[TokenScores]] = {}
         self.parked: set[RequestId] = set()
-        self.in_flight: deque[tuple[BatchPlan, StepOutput]] = deque()
+        self.in_flight: deque[tuple[BatchPlan, Callable[[], StepOutput]]] = deque()
 
     def choose(self, below: int) -> int:
         return self._choices.popleft() % below if self._choices else 0
@@ -74,7 +75,7 @@ class Schedule:
             request_id=RequestId(str(len(self.requests))),
             token_ids=[TokenId(start + position // 5) for position in range(length)],
             max_tokens=1 + self.choose(20),
-            sampling=SamplingConfig(mirostat=Mirostat(), bad_words=((1,),) if self.choose(2) else ()),
+            sampling=self.sampling(),
             eos_token_ids=frozenset({EOS}),
             priority=Priority(self.choose(4)),
             salt=bytes([self.choose(2)]),
@@ -86,6 +87,9 @@ class Schedule:
         self.scores[request.request_id] = []
         for index in range(request.num_samples):
             self.outputs[request.request_id, index] = []
+
+    def sampling(self) -> SamplingConfig:
+        return SamplingConfig(mirostat=Mirostat(), bad_words=((1,),) if self.choose(2) else ())
 
     def cancel(self) -> None:
         if self.live:
@@ -129,12 +133,17 @@ class Schedule:
         plan = self.scheduler.plan(BatchHint(now=0.0, max_tokens=BUDGET))
         if plan is not None:
             assert 0 < plan.step.batch.num_tokens <= BUDGET
-            self.in_flight.append((plan, self.memory.execute(plan.step)))
+            self.in_flight.append((plan, self.launch(plan.step)))
         if len(self.in_flight) > (plan is not None):
             done, output = self.in_flight.popleft()
-            for update in self.scheduler.commit(done, output):
+            for update in self.scheduler.commit(done, output()):
                 self.take(update)
         self.cache.verify()
+
+    def launch(self, step: StepInput) -> Callable[[], StepOutput]:
+        """Returns what waits for the step."""
+        output = self.memory.execute(step)
+        return lambda: output
 
     def take(self, update: SequenceUpdate) -> None:
         assert update.error is None

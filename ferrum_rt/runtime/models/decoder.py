@@ -160,7 +160,8 @@ class _Loader:
         for known, table in self._tables:
             if known == rope:
                 return table
-        table = cos_sin_table(rope, self._max_model_len)
+        values = cos_sin_table(rope, self._max_model_len)
+        table = self._ops.empty(values.shape, values.dtype).copy_(values)
         self._tables.append((rope, table))
         return table
 
@@ -179,7 +180,7 @@ class Decoder:
         max_rows: int,
     ) -> None:
         self.spec, self.weights, self.ops = spec, weights, ops
-        self._attention_kinds = list(dict.fromkeys(layer.attention for layer in weights.layers))
+        self.attention_kinds = list(dict.fromkeys(layer.attention for layer in weights.layers))
         q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         wide = spec.intermediate_size
         self._residual, self._x, self._y = (ops.empty((max_tokens, spec.hidden_size), dtype) for _ in range(3))
@@ -193,7 +194,7 @@ class Decoder:
 
     def plan_attention(self, batch: TokenBatch) -> Any:
         """What ``forward`` wants to know of the batch's sequences."""
-        return self.ops.plan_attention(batch, self._attention_kinds)
+        return self.ops.plan_attention(batch, self.attention_kinds)
 
     def forward(self, batch: TokenBatch, plan: Any, cache: list[KvPages]) -> Tensor:
         """What the layers make of the tokens: [N, hidden], valid until the next call. ``cache`` has a KvPages per layer."""

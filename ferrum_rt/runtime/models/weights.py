@@ -33,9 +33,10 @@ class WeightReader(Protocol):
 
 
 class CheckpointReader:
-    """A directory with model.safetensors, or with shards and their index."""
+    """A directory with model.safetensors, or with shards and their index. Files are mapped and go straight to ``device``."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, device: str = "cpu") -> None:
+        self._device = device
         self._files: dict[Path, Any] = {}
         self._where = self._locate(directory)
 
@@ -60,7 +61,7 @@ class CheckpointReader:
 
     def read(self, part: Part, dtype: torch.dtype) -> Tensor:
         rows = sum(shape[0] for shape in part.shapes)
-        result = torch.empty((rows, *part.shapes[0][1:]), dtype=dtype)
+        result = torch.empty((rows, *part.shapes[0][1:]), dtype=dtype, device=self._device)
         row = 0
         for name, shape in zip(part.names, part.shapes, strict=True):
             result[row : row + shape[0]].copy_(self._files[self._where[name]].get_tensor(name))
@@ -97,8 +98,8 @@ class DummyReader:
     """Random weights of any shape, the same at each run; norms are 1 so that activations stay in range. The numbers repeat
     after a prime count, which no row length divides: drawing a billion of them would take a minute."""
 
-    def __init__(self, norm_offset: float) -> None:
-        self._norm = 1.0 - norm_offset
+    def __init__(self, norm_offset: float, device: str = "cpu") -> None:
+        self._norm, self._device = 1.0 - norm_offset, device
         self._numbers = torch.empty(1_000_003).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(0))
 
     def check(self, parts: Iterable[Part]) -> None:
@@ -107,9 +108,9 @@ class DummyReader:
     def read(self, part: Part, dtype: torch.dtype) -> Tensor:
         shape = (sum(shape[0] for shape in part.shapes), *part.shapes[0][1:])
         if part.names[0].endswith("norm.weight"):
-            return torch.full(shape, self._norm, dtype=dtype)
-        numbers = self._numbers.to(dtype)
-        result = torch.empty(math.prod(shape), dtype=dtype)
+            return torch.full(shape, self._norm, dtype=dtype, device=self._device)
+        numbers = self._numbers.to(self._device, dtype)
+        result = torch.empty(math.prod(shape), dtype=dtype, device=self._device)
         for piece in result.split(len(numbers)):
             piece.copy_(numbers[: len(piece)])
         return result.view(shape)
