@@ -1,8 +1,11 @@
 """From what a caller wrote to a checked InferenceRequest. Shared by the in-process engine and the socket client."""
 
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypedDict
+
+import msgspec
 
 from ferrum_rt.interfaces.errors import RequestValidationError
 from ferrum_rt.interfaces.types import (
@@ -51,6 +54,7 @@ __all__ = [
     "build_request",
     "check_sampling",
     "check_vocabulary",
+    "due_within",
     "is_token_ids",
 ]
 
@@ -100,6 +104,7 @@ class RequestFields(TypedDict, total=False):
 MAX_PROMPT_TOKENS = 2**22
 MAX_MESSAGES = 10_000
 MAX_TOOL_CALLS = 128
+_LEAST_DEADLINE_S = 1e-3
 
 _REQUEST_DEFAULTS = {name: getattr(InferenceRequest(prompt=""), name) for name in REQUEST_CHECKS}
 _SAMPLING_DEFAULTS = {name: getattr(SamplingParams(), name) for name in SAMPLING_CHECKS}
@@ -145,6 +150,14 @@ def build_request(prompt: Prompt | InferenceRequest, fields: Mapping[str, Any]) 
     built = InferenceRequest(prompt=_checked_prompt(prompt), sampling_params=params, **checked)
     _check_tools(built)
     return built
+
+
+def due_within(request: InferenceRequest, limit_s: float) -> InferenceRequest:
+    """A request that has no deadline of its own is due when nobody waits for it any more: in ``limit_s`` seconds, which may
+    be infinite."""
+    if request.deadline_s is not None or limit_s == math.inf:
+        return request
+    return msgspec.structs.replace(request, deadline_s=max(_LEAST_DEADLINE_S, limit_s))
 
 
 def check_sampling(params: SamplingParams) -> None:

@@ -25,7 +25,7 @@ from ferrum_rt.interfaces.errors import (
     error_classes,
     first_of,
 )
-from ferrum_rt.interfaces.requests import RequestFields, build_request
+from ferrum_rt.interfaces.requests import RequestFields, build_request, due_within
 from ferrum_rt.interfaces.responses import assemble
 from ferrum_rt.interfaces.types import (
     EngineMetrics,
@@ -217,9 +217,11 @@ class Client:
         self._num_sent += 1
         wire_id = str(self._num_sent)
         credit = CREDIT * request.sampling_params.n
+        left_s = anyio.current_effective_deadline() - anyio.current_time()  # until the caller's cancel scopes end it
+        wire = to_wire(due_within(request, left_s))
         trace: dict[str, str] = {}
         _TRACE_CONTEXT.inject(trace)  # of the span that is current here, if there is one
-        self.post(Submit(request_id=wire_id, request=to_wire(request), credit=credit, trace=trace))
+        self.post(Submit(request_id=wire_id, request=wire, credit=credit, trace=trace))
         reply = self._replies[wire_id] = _Reply(self, wire_id, request, credit)
         self._request_ids.add(request.id)
         try:

@@ -1,6 +1,5 @@
 """The runtime: opens the channels and the tasks, takes requests in, and closes everything again."""
 
-import math
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -12,7 +11,6 @@ from typing import Any, Unpack
 
 import anyio
 import anyio.lowlevel
-import msgspec
 
 from ferrum_rt.interfaces.config import ConfigFields, EngineConfig, build_config
 from ferrum_rt.interfaces.engine import ChunkSink
@@ -29,7 +27,7 @@ from ferrum_rt.interfaces.errors import (
     first_of,
 )
 from ferrum_rt.interfaces.grammar import Grammar
-from ferrum_rt.interfaces.requests import RequestFields, build_request, check_vocabulary
+from ferrum_rt.interfaces.requests import RequestFields, build_request, check_vocabulary, due_within
 from ferrum_rt.interfaces.responses import assemble
 from ferrum_rt.interfaces.scheduler import SavedState, SequenceUpdate
 from ferrum_rt.interfaces.types import (
@@ -96,7 +94,6 @@ class Runtime:
         self._counts = dict.fromkeys(("finished", "failed", "cancelled", "rejected"), 0)
         self._idle = anyio.Event()
         self._pressure = PressureWatch()
-        self._tasks_scope = anyio.CancelScope()
         self._lag = LoopLag()
         self._process_id = os.getpid()
         self._exit_stack = AsyncExitStack()
@@ -104,6 +101,7 @@ class Runtime:
     # -- life ---------------------------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> "Runtime":
+        self._tasks_scope = anyio.CancelScope()
         async with AsyncExitStack() as stack:
             closing = stack.enter_context(ExitStack())  # after the threads have ended
             self._executor_thread = await stack.enter_async_context(Worker("ferrum-executor", self._lag))
@@ -257,7 +255,7 @@ class Runtime:
         capacity = self._config.batching.stream_capacity
         chunks = ChunkStream(request.sampling_params.n, capacity, lambda: self.resume(generation))
         try:
-            generation = self.start(_due_with_scope(request), chunks)
+            generation = self.start(due_within(request, _left_to_caller()), chunks)
             try:
                 yield generation, chunks
             finally:
@@ -528,9 +526,6 @@ class Runtime:
         return wait_s or self._engine.counters.step_s / max(1, self._counts["finished"]) or 1.0
 
 
-def _due_with_scope(request: InferenceRequest) -> InferenceRequest:
-    """With the deadline of the caller's cancel scopes, if it has none of its own: what comes later nobody waits for."""
-    deadline = anyio.current_effective_deadline()
-    if request.deadline_s is not None or deadline == math.inf:
-        return request
-    return msgspec.structs.replace(request, deadline_s=max(1e-3, deadline - anyio.current_time()))
+def _left_to_caller() -> float:
+    """Seconds until the calling task's cancel scopes end it."""
+    return anyio.current_effective_deadline() - anyio.current_time()

@@ -27,8 +27,8 @@ def watch_pages(engine: Runtime, monkeypatch: pytest.MonkeyPatch) -> list[Reques
     cancelled: list[RequestId] = []
     commit = engine._scheduler.commit
 
-    def checked(plan: BatchPlan, output: StepOutput) -> list[SequenceUpdate]:
-        updates = commit(plan, output)
+    def checked(plan: BatchPlan, output: StepOutput, step_s: float) -> list[SequenceUpdate]:
+        updates = commit(plan, output, step_s)
         engine._cache.verify()
         assert not set(cancelled) & {handle.request_id for handle in engine._cache._handles}
         return updates
