@@ -66,7 +66,7 @@ class Residents:
 
     def less_entitled(self, waiting: Sequence) -> Sequence | None:
         """A running sequence of a lower priority; else of a client with more than its share of those who run, if the one who
-        waits has less. The last that came goes first."""
+        waits has less. The last that came goes first. Having waited protects who runs, and takes nothing from others."""
         request, num_running = waiting.request, len(self.running)
         mine = self._clients[request.client_id]
         has_less = mine.num_running + 1 <= self._clients.share(request.client_id, num_running)
@@ -74,11 +74,11 @@ class Residents:
         victim = None
         for sequence in self.running:
             other = sequence.request
-            if sequence.num_starts >= _MAX_STARTS or other.priority > request.priority:
+            if sequence.num_starts >= _MAX_STARTS or sequence.priority > request.priority:
                 continue
             surplus = self._clients[other.client_id].num_running - 1 - self._clients.share(other.client_id, num_running)
-            if other.priority < request.priority or (has_less and surplus >= 0):
-                rank = (-other.priority, surplus, sequence.arrival)
+            if sequence.priority < request.priority or (has_less and surplus >= 0):
+                rank = (-sequence.priority, surplus, sequence.arrival)
                 if best is None or rank > best:
                     best, victim = rank, sequence
         return victim

@@ -272,12 +272,12 @@ class UnifiedScheduler:
     def fail(self, plan: BatchPlan, error: FerrumError) -> list[SequenceUpdate]:
         """A step could not be run. A request that was in it alone is the cause, and ends; several are computed again, in two
         parts, and so on until it is found: what others generate is what it would have been."""
-        entries = self._landed(plan).entries
-        alive = dict.fromkeys(entry.sequence.request.request_id for entry in entries if not entry.is_lost)
-        if len({entry.sequence.request.request_id for entry in entries}) == 1:
-            return [self._fail(self._sequences[request_id][0].request, error) for request_id in alive]
-        # All samples of each: those that share its pages have them from this step too.
-        self._trials.split([[one for one in self._sequences[name] if self._take_back(one)] for name in alive])
+        requests = {entry.sequence.request.request_id: entry.sequence.request for entry in self._landed(plan).entries}
+        alive = [request for request in requests.values() if self._live(request)]
+        if len(requests) == 1:
+            return [self._fail(request, error) for request in alive]
+        # All samples of each, whichever was in the step: those that share its pages have them from there.
+        self._trials.split([[one for one in self._live(request) if self._take_back(one)] for request in alive])
         return []
 
     # -- planning -----------------------------------------------------------------------------------------------------

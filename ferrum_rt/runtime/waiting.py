@@ -2,8 +2,8 @@
 
 Service is counted in tokens, by the virtual token counters of "Fairness in Serving Large Language Models" (Sheng et al.,
 OSDI '24): of two clients that both have requests waiting in a class, neither is ever served more, by weight, than the
-other by more than what the engine can hold at a time. Who comes back is lifted to where the others are: nobody saves up
-service by staying away.
+other by more than a prompt and what its running requests then put out. Who comes back is lifted to where the others are:
+nobody saves up service by staying away.
 
 A request that has waited for ``ageing_steps`` steps goes up a class, so that none waits for ever behind those above it.
 Within a client, what has no deadline is due ``_DUE_AFTER_S`` after it came, so that deadlines do not starve it either.

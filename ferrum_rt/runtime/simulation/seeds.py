@@ -31,6 +31,7 @@ from ferrum_rt.runtime.waiting import INPUT_WEIGHT, OUTPUT_WEIGHT
 
 EOS = TokenId(0)
 MAX_TURNS = 20_000
+MAX_OUTPUTS = 16
 MAX_BARREN_STEPS = 400  # a prompt takes 40 at most, and half a dozen of them may be computed to find which one fails
 COSTS = CostModel()
 CLIENTS = tuple(ClientId(name) for name in ("ada", "bob", "cyd"))
@@ -78,9 +79,9 @@ class Scenario:
 
     @property
     def max_lead(self) -> float:
-        """Weighted tokens by which one client may be ahead of another that waits too: a prompt, and outputs that fill the
-        pages, of the client with the least weight."""
-        return INPUT_WEIGHT * self.max_model_len + OUTPUT_WEIGHT * self.num_pages * self.block_size
+        """Weighted tokens by which one client may be ahead of another that waits too: a prompt, and what those that run then
+        put out, with the tokens that were under way and not counted yet."""
+        return INPUT_WEIGHT * self.max_model_len + OUTPUT_WEIGHT * self.num_slots * (MAX_OUTPUTS + 1)
 
     @classmethod
     def draw(cls, rng: Random) -> "Scenario":
@@ -287,7 +288,7 @@ class RandomWorld:
         request = SequenceRequest(
             request_id=RequestId(f"r{self._num_submitted}"),
             token_ids=self._text[:shared] + [TokenId(rng.randint(1, 9)) for _ in range(length - shared)],
-            max_tokens=rng.randint(1, min(16, scenario.max_model_len - length)),
+            max_tokens=rng.randint(1, min(MAX_OUTPUTS, scenario.max_model_len - length)),
             sampling=_SAMPLING,
             eos_token_ids=_ENDS,
             priority=rng.choice(_PRIORITIES),
