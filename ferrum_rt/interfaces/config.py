@@ -35,10 +35,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class ClientPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a client is due: a share by ``weight`` of the tokens, where clients compete. And what it may have: requests under
-    way, tokens of prompts that wait (None: no limit of its own), and of the KV pages a share."""
+    """What a client is due: a share by ``weight`` of the tokens, where clients compete. And what it may have: a priority (a
+    higher one that it asks for is this), requests under way, tokens of prompts that wait (None: no limit of its own), and of
+    the KV pages a share."""
 
     weight: float = 1.0
+    max_priority: Literal["low", "normal", "high", "critical"] = "critical"
     max_requests: int | None = None
     max_queued_tokens: int | None = None
     max_page_share: float = 1.0
@@ -61,6 +63,10 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ageing_steps: int = 512
     default_client: ClientPolicy = ClientPolicy()
     clients: dict[str, ClientPolicy] = {}
+
+    def policy(self, client_id: str) -> ClientPolicy:
+        """What holds for a client."""
+        return self.clients.get(client_id, self.default_client)
 
 
 class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

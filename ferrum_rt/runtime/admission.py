@@ -26,7 +26,7 @@ class AdmissionPolicy:
         """Count one more; ``num_queued`` wait for the tokenizer, those among them that were cancelled meanwhile. Raises
         ResourceExhausted."""
         count = self._counts[client_id]
-        policy = self._config.clients.get(client_id, self._config.default_client)
+        policy = self._config.policy(client_id)
         total = max(self._total, num_queued)
         if total >= self.capacity:
             self._refuse(f"{total} requests are under way or waiting, which is as many as the engine takes")

@@ -1,9 +1,9 @@
 """What each client has under way, for its limits and its share of the slots."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ferrum_rt.interfaces.config import ClientPolicy
+from ferrum_rt.interfaces.config import ClientPolicy, SchedulerConfig
 from ferrum_rt.interfaces.types import ClientId
 
 
@@ -21,8 +21,8 @@ class ClientState:
 class Clients:
     """Those with something under way, by id."""
 
-    def __init__(self, policies: Mapping[str, ClientPolicy], default: ClientPolicy) -> None:
-        self._policies, self._default = policies, default
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config = config
         self._states: dict[ClientId, ClientState] = {}
         self._total_weight = 0.0
 
@@ -37,7 +37,7 @@ class Clients:
 
     def policy(self, client_id: ClientId) -> ClientPolicy:
         """What holds for a client, whether it is here or not."""
-        return self._policies.get(client_id, self._default)
+        return self._config.policy(client_id)
 
     def why_not_queue(self, client_id: ClientId, num_tokens: int) -> str | None:
         """Why a prompt of so many tokens may not wait beside the client's others; None if it may."""
@@ -67,9 +67,9 @@ class Clients:
         """What of ``total`` is this client's, by weight, among those who are here."""
         return total * self._states[client_id].policy.weight / self._total_weight
 
-    def reconfigure(self, policies: Mapping[str, ClientPolicy], default: ClientPolicy) -> None:
+    def reconfigure(self, config: SchedulerConfig) -> None:
         """From now on."""
-        self._policies, self._default = policies, default
+        self._config = config
         for client_id, state in self._states.items():
             state.policy = self.policy(client_id)
         self._total_weight = sum(state.policy.weight for state in self._states.values())

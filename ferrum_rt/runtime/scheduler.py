@@ -73,7 +73,7 @@ class UnifiedScheduler:
     ) -> None:
         self._cache = cache
         self._pace = Pace(config)
-        self._clients = Clients(config.clients, config.default_client)
+        self._clients = Clients(config)
         self._num_pages = num_pages
         self._max_model_len = max_model_len
         self._residents = Residents(cache, self._clients, num_slots=num_slots, num_pages=num_pages)
@@ -190,7 +190,7 @@ class UnifiedScheduler:
         """From the next plan on."""
         self._pace.config = config
         self._waiting.ageing_steps = config.ageing_steps
-        self._clients.reconfigure(config.clients, config.default_client)
+        self._clients.reconfigure(config)
 
     def diagnostics(self) -> SchedulerDiagnostics:
         """In time linear in what is alive."""

@@ -104,3 +104,16 @@ async def test_diagnostics_show_who_has_what() -> None:
             assert client.num_pages == 1
             assert client.served["normal"] > 0
         assert not engine.diagnostics().clients
+
+
+async def test_a_client_has_no_higher_priority_than_it_may() -> None:
+    """A request that asks for a higher priority than its client's policy has gets that: it takes nobody's slot."""
+    config = {"scheduler": {"max_running_requests": 1, "clients": {"pushy": {"max_priority": "normal"}}}}
+    async with fake_engine(config, step_s=0.001) as (engine, _):
+        async with engine.infer_stream("x", max_tokens=30) as chunks:
+            await anext(aiter(chunks))
+            async with engine.infer_stream("y", client_id=ClientId("pushy"), priority="critical", max_tokens=3) as others:
+                await until(lambda: engine.metrics().scheduler.waiting == 1)
+                assert engine.diagnostics().waiting["normal"] == 1
+                assert "".join([chunk.text async for chunk in others]) == text_after("y", 3)
+        assert engine.metrics().scheduler.preemptions == 0
