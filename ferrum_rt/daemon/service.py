@@ -31,6 +31,7 @@ STOPPED, ENGINE_FAILED = 0, 1
 _HEALTH_EVERY_S = 1.0
 _OTHER_DESCRIPTORS = 64
 _RELOADABLE = ("limits", "log_level", "allowed_uids")
+_RELOADABLE_POLICIES = ("itl_target_s", "min_prefill_tokens", "ageing_steps", "default_client", "clients")
 
 _log = logging.getLogger(__name__)
 
@@ -123,7 +124,9 @@ class _Service:
         else:
             old, reloaded = self._config, {name: getattr(new.daemon, name) for name in _RELOADABLE}
             daemon = msgspec.structs.replace(old.daemon, **reloaded)
-            self._config = msgspec.structs.replace(old, daemon=daemon)
+            policies = {name: getattr(new.engine.scheduler, name) for name in _RELOADABLE_POLICIES}
+            self._engine.reconfigure(**policies)
+            self._config = msgspec.structs.replace(old, daemon=daemon, engine=self._engine.config)
             lists = {"applied": difference(old, self._config), "need_a_restart": difference(self._config, new)}
             _log.info("reloaded", extra=lists)
             _make_room(daemon.limits.connections)
