@@ -92,13 +92,13 @@ class Client:
         self._lost: FerrumError | None = None
         self._going_away: str | None = None
         self._num_sent = 0
-        self._tasks_scope = anyio.CancelScope()
         self._process_id = os.getpid()
         self._exit_stack = AsyncExitStack()
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> "Client":
+        self._tasks_scope = anyio.CancelScope()
         async with AsyncExitStack() as stack:
             self._connection = stack.enter_context(closing(Connection(self._path)))
             try:

@@ -79,8 +79,17 @@ class UnchainedDigests(PagedKvCache):
 class DeafToParkedDeadlines(UnifiedScheduler):
     """A parked request outlives its deadline."""
 
+    _is_expiring = False
+
+    def expire(self, now: float) -> list[SequenceUpdate]:
+        self._is_expiring = True
+        updates = super().expire(now)
+        self._is_expiring = False
+        return updates
+
     def _live(self, request: SequenceRequest) -> list[Sequence]:
-        return [sequence for sequence in super()._live(request) if sequence.state is not SequenceState.PARKED]
+        live = super()._live(request)
+        return [one for one in live if one.state is not SequenceState.PARKED] if self._is_expiring else live
 
 
 class WrongCulprit(UnifiedScheduler):
