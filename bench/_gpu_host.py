@@ -17,8 +17,6 @@ from bench._gpu_models import read_config, write_model
 from bench.host_overhead import Window
 from tests.runtime.cuda_engines import emulated_engine
 
-REPLAYS = 100
-
 
 class LaunchTimes:
     """Processor seconds of the executor's thread in ``execute``, and the seconds that went by in it."""
@@ -61,7 +59,7 @@ async def host_times(is_smoke: bool, put: Callable[..., None]) -> None:
             launches = LaunchTimes(executor)
             for repeat in range(repeats):
                 rows.append(await _one(engine, launches, batch, count, vocab_size, repeat))
-                rows[-1]["gpu"] = graph_us(executor, batch)
+                rows[-1]["gpu"] = graph_us(executor, batch, 2 if is_smoke else 100)
         rows = rows[1:]  # the first one warms up
         found = {f"{part}_us": spread(row[part] for row in rows) for part in rows[0]}
         put(**{name: {"batch": batch, **found, "gpu_waits": spread(1 - row["gpu"] / row["wall"] for row in rows)}})
@@ -99,19 +97,19 @@ async def _one(engine: Any, launches: LaunchTimes, batch: int, count: int, vocab
     }
 
 
-def graph_us(executor: Any, batch: int) -> float:
+def graph_us(executor: Any, batch: int, replays: int) -> float:
     """Microseconds of the graph alone, with nothing done between replays: the least that a step can take. Nobody may be
     using the engine; what the replays write lies in pages of requests that have ended."""
     graph = next(made for size, made in executor._graphs.items() if size >= batch)
     device = executor._device
     with torch.inference_mode(), device.stream():
-        replay_all = partial(_replay, graph.graph, REPLAYS)
+        replay_all = partial(_replay, graph.graph, replays)
         replay_all()
         device.synchronize()
         began = time.perf_counter()
         replay_all()
         device.synchronize()
-    return 1e6 * (time.perf_counter() - began) / REPLAYS
+    return 1e6 * (time.perf_counter() - began) / replays
 
 
 def _replay(graph: Any, count: int) -> None:

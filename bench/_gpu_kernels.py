@@ -129,6 +129,7 @@ def missing_modules(todo: list[Call]) -> dict[str, Any]:
 
 def compile_all(device: str, out: Path, put: Callable[..., None]) -> None:
     """Compile, call, and copy what was compiled to ``out``/aot, a folder to put on PYTHONPATH next time."""
+    import flashinfer
     from flashinfer.jit import core, env
 
     todo = list(calls(device))
@@ -140,7 +141,7 @@ def compile_all(device: str, out: Path, put: Callable[..., None]) -> None:
     except Exception as error:  # the calls below compile what is missing, one by one, and say which of them fails
         put(build_error=repr(error)[-2000:])
     put(modules=len(missing), compile_s=time.perf_counter() - began, jobs=os.environ.get("MAX_JOBS"))
-    keep_for_next_time(env.FLASHINFER_JIT_DIR, out / "aot", put)
+    keep_for_next_time(env.FLASHINFER_JIT_DIR, out / "aot", flashinfer.__version__, put)
     first, again, failures = {}, {}, {}
     for call in todo:
         try:
@@ -149,7 +150,7 @@ def compile_all(device: str, out: Path, put: Callable[..., None]) -> None:
         except Exception as error:
             failures[call.what] = repr(error)[-1000:]
     put(first_call_s=first, second_call_s=again, failures=failures)
-    keep_for_next_time(env.FLASHINFER_JIT_DIR, out / "aot", put)
+    keep_for_next_time(env.FLASHINFER_JIT_DIR, out / "aot", flashinfer.__version__, put)
 
 
 def _seconds(call: Call) -> float:
@@ -159,13 +160,11 @@ def _seconds(call: Call) -> float:
     return time.perf_counter() - began
 
 
-def keep_for_next_time(built: Path, aot: Path, put: Callable[..., None]) -> None:
-    """FlashInfer asks a package ``flashinfer_jit_cache`` where compiled modules lie, if there is one."""
-    import flashinfer
-
+def keep_for_next_time(built: Path, aot: Path, version: str, put: Callable[..., None]) -> None:
+    """FlashInfer of ``version`` asks a package ``flashinfer_jit_cache`` where compiled modules lie, if there is one."""
     package = aot / "flashinfer_jit_cache"
     package.mkdir(parents=True, exist_ok=True)
-    (package / "__init__.py").write_text(_PACKAGE.format(version=flashinfer.__version__), encoding="utf-8")
+    (package / "__init__.py").write_text(_PACKAGE.format(version=version), encoding="utf-8")
     sizes = {}
     for library in sorted(built.glob("*/*.so")):
         if library.stem == library.parent.name:

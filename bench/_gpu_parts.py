@@ -6,6 +6,7 @@ A part hands over what it has found as soon as it has it, so that one that is cu
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,7 @@ from bench._gpu_engines import (
 from bench._gpu_models import decode_bytes, read_config, write_model
 
 ROOT = Path(__file__).parent.parent
+_OUTCOME = re.compile(r"^(tests/gpu/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)
 CONCURRENCIES = (1, 4, 16, 32, 64)
 
 
@@ -162,11 +164,7 @@ def tests(options: Options, report: Report) -> None:
 def read_test_log(log: Path) -> dict[str, Any]:
     """How many tests ended how, the names of those that did not pass, and the end of what pytest said."""
     text = log.read_text(encoding="utf-8", errors="replace")
-    outcomes: dict[str, str] = {}
-    for line in text.splitlines():
-        words = line.split()
-        if line.startswith("tests/gpu/") and len(words) > 1 and words[1] in ("PASSED", "FAILED", "ERROR", "SKIPPED"):
-            outcomes[words[0]] = words[1].lower()
+    outcomes = {name: outcome.lower() for name, outcome in _OUTCOME.findall(text)}
     unlike = {name: outcome for name, outcome in outcomes.items() if outcome not in ("passed", "skipped")}
     return {"counts": Counter(outcomes.values()), "not_passed": unlike, "end": text[-6000:] if unlike else text[-300:]}
 
