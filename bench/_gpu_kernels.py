@@ -2,10 +2,18 @@
 
 FlashInfer compiles a module where it is first called, one after the other. With FLASHINFER_DISABLE_JIT it says instead what
 it would have compiled: so the calls are made twice, and between them all of it is compiled at once.
+
+    python -m bench._gpu_kernels --out .aot [--only norm rope] [--jobs N]
+
+compiles the same on a machine that has nvcc and FlashInfer but no GPU, for ``bench.gpu --aot .aot``; what is missing there
+after all is compiled on the GPU machine.
 """
 
+import argparse
+import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,7 +52,7 @@ class Call(NamedTuple):
 def calls(device: str, flashinfer: Any = None) -> Iterator[Call]:
     """For the shapes of ``_gpu_models`` in bfloat16, and the demo model in both types of 16 bits."""
     kinds = {
-        torch.bfloat16: [AttentionKind(32, 8, 128, 0.1), AttentionKind(16, 8, 128, 0.1), AttentionKind(4, 2, 64, 0.1)],
+        torch.bfloat16: [AttentionKind(*shape, 0.1) for shape in ((32, 8, 128), (16, 8, 128), (32, 8, 64), (4, 2, 64))],
         torch.float16: [AttentionKind(4, 2, 64, 0.1)],
     }
     for dtype, attention in kinds.items():
@@ -153,6 +161,24 @@ def compile_all(device: str, out: Path, put: Callable[..., None]) -> None:
     keep_for_next_time(env.FLASHINFER_JIT_DIR, out / "aot", flashinfer.__version__, put)
 
 
+def specs_without_gpu() -> list[Any]:
+    """What ``calls`` needs on a GPU of compute capability 9.0, by the rules of FlashInfer 0.6.18: prefills run on FA3,
+    decodes of groups from four on with FA2's prefill kernel, others with the decode kernel."""
+    from flashinfer.jit import activation, norm, rope, sampling
+    from flashinfer.jit.attention import gen_batch_decode_module, gen_batch_prefill_module
+
+    small = [norm.gen_norm_module(), rope.gen_rope_module(), sampling.gen_sampling_module()]
+    small += [activation.gen_act_and_mul_module(name) for name in ("silu", "gelu_tanh")]
+    attention = []
+    for dtype, dims, grouped in ((torch.bfloat16, (128, 64), (128, 64)), (torch.float16, (64,), ())):
+        for dim in dims:
+            shape = (dtype, dtype, dtype, torch.int32, dim, dim, 0, False, False)  # no rotation, no window, no soft cap
+            attention.append(gen_batch_decode_module(*shape))
+            attention += [gen_batch_prefill_module("fa2", *shape, False)] if dim in grouped else []
+            attention.append(gen_batch_prefill_module("fa3", *shape, False))
+    return [*small, *attention]
+
+
 def _seconds(call: Call) -> float:
     began = time.perf_counter()
     call.make()
@@ -185,3 +211,32 @@ def compile_seconds(built: Path) -> dict[str, float]:
                 module = Path(fields[3]).parent.name or log.parent.name
                 found[module] = found.get(module, 0.0) + (int(fields[1]) - int(fields[0])) / 1000
     return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compiles FlashInfer's kernels on a machine without a GPU.")
+    parser.add_argument("--out", type=Path, required=True, help="a folder for bench.gpu --aot")
+    parser.add_argument("--only", nargs="+", help="modules whose names begin like this")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "ferrum-flashinfer")
+    args = parser.parse_args()
+    # FlashInfer reads these when it is imported, or calls ninja; this process is ours.
+    os.environ |= {
+        "FLASHINFER_WORKSPACE_BASE": str(args.cache),
+        "FLASHINFER_CUDA_ARCH_LIST": "9.0a",
+        "MAX_JOBS": str(args.jobs),
+    }
+    import flashinfer
+    from flashinfer.jit import core, env
+
+    found: dict[str, Any] = {}
+    specs = [spec for spec in specs_without_gpu() if not args.only or spec.name.startswith(tuple(args.only))]
+    for spec in specs:
+        progress(f"compiling {spec.name}")
+        core.build_jit_specs([spec], skip_prebuilt=False)
+        keep_for_next_time(env.FLASHINFER_JIT_DIR, args.out, flashinfer.__version__, lambda **fields: found.update(fields))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
