@@ -1,6 +1,7 @@
 """Whole models on a real GPU: the Runtime, the CUDA executor, FlashInfer; against the reference on the CPU."""
 
 import random
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 import ferrum_rt
-from ferrum_rt.interfaces.errors import ModelError
+from ferrum_rt.interfaces.errors import DeadlineExceeded, ModelError
 from ferrum_rt.interfaces.types import Device
 from ferrum_rt.kernels.batch import QuerySpan, TokenBatch, allocate_pages
 from ferrum_rt.kernels.reference import ReferenceOps
@@ -19,7 +20,7 @@ from ferrum_rt.runtime.loader import DEMO_MODEL
 from ferrum_rt.runtime.models.decoder import Decoder, load_weights
 from ferrum_rt.runtime.models.families import parse_config
 from ferrum_rt.runtime.models.weights import CheckpointReader
-from tests.checkpoints import FAMILIES, VOCAB_SIZE, save_checkpoint
+from tests.checkpoints import FAMILIES, VOCAB_SIZE, save_checkpoint, save_tokenizer
 
 PROMPTS = ["def mean(values):\n    return ", "import ", "class A:\n    def ", "for i in range("]
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 32}
@@ -44,8 +45,8 @@ async def generate(prompts: list[Any], model: Path | None = None, fields: Any = 
     return found
 
 
-def gap(model: Path, dtype: torch.dtype, prompt: list[int], output: list[int]) -> float:
-    """How far below the reference's best the worst of the output's tokens is, in units of the largest logit. The reference
+def gaps(model: Path, dtype: torch.dtype, prompt: list[int], output: list[int]) -> list[float]:
+    """How far below the reference's best each of the output's tokens is, in units of the largest logit. The reference
     has weights of ``dtype`` and computes in float32."""
     spec = parse_config(read_json(model / "config.json", ModelError))
     tokens, ops = prompt + output, ReferenceOps()
@@ -59,7 +60,8 @@ def gap(model: Path, dtype: torch.dtype, prompt: list[int], output: list[int]) -
         batch = TokenBatch(torch.tensor(tokens[:-1]), at, at, at, [QuerySpan(0, 0, count, 0)], table, 1)
         logits = decoder.logits(decoder.forward(batch, decoder.plan_attention(batch), cache), at)[len(prompt) - 1 :]
     said = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
-    return float(((logits.amax(-1) - said) / logits.abs().amax(-1)).max())
+    found: list[float] = ((logits.amax(-1) - said) / logits.abs().amax(-1)).tolist()
+    return found
 
 
 class _Rounded:
@@ -89,8 +91,9 @@ async def test_the_demo_model_says_what_it_says_on_the_cpu() -> None:
 
 @pytest.mark.parametrize("kind", FAMILIES)
 async def test_each_family(kind: str, tmp_path: Path) -> None:
-    """Every token of a tiny checkpoint is one that the reference finds as good as its own, within the type's rounding."""
-    model = save_checkpoint(kind, tmp_path, **{**SIZES, **MORE.get(kind, {})})
+    """Every token of a tiny checkpoint is one that the reference finds as good as its own, within the type's rounding; which
+    may choose another expert now and then, where there are some."""
+    model = save_checkpoint(kind, save_tokenizer(tmp_path), **{**SIZES, **MORE.get(kind, {})})
     rng = random.Random(kind)
     prompts = [[rng.randrange(5, VOCAB_SIZE) for _ in range(length)] for length in (3, 40, 90)]
     found = await generate(
@@ -98,7 +101,8 @@ async def test_each_family(kind: str, tmp_path: Path) -> None:
     )
     for prompt, output in zip(prompts, found, strict=True):
         assert len(output) == GREEDY["max_tokens"]
-        assert gap(model, torch.bfloat16, prompt, output) < 16 * torch.finfo(torch.bfloat16).eps
+        worse = [gap for gap in gaps(model, torch.bfloat16, prompt, output) if gap > 16 * torch.finfo(torch.bfloat16).eps]
+        assert len(worse) <= (3 if kind in ("mixtral", "qwen3_moe") else 0)
 
 
 async def test_a_type_of_eight_bits_for_the_pages() -> None:
@@ -126,7 +130,7 @@ async def test_random_schedules() -> None:
         max_model_len=160,
         scheduler={"max_running_requests": 9},
         batching={"max_batched_tokens": 24},
-        kv_cache={"num_pages": 40},
+        kv_cache={"num_pages": 20},
     ) as engine:
         expected = {
             prompt: (await engine.infer(prompt, **GREEDY)).token_ids for prompt in PROMPTS
@@ -136,7 +140,8 @@ async def test_random_schedules() -> None:
         async def run(index: int) -> None:
             prompt, fields = rng.choice(PROMPTS), kinds[index % len(kinds)]
             await anyio.sleep(rng.random())
-            with anyio.move_on_after(rng.random() if index % 4 == 3 else None):
+            # The scope's deadline is the request's too: which of them is noticed first is luck.
+            with suppress(DeadlineExceeded), anyio.move_on_after(rng.random() if index % 4 == 3 else None):
                 response = await engine.infer(prompt, **{**GREEDY, "seed": index, **fields})
                 outputs = [list(output.token_ids) for output in response.outputs or ()] or [list(response.token_ids)]
                 wrong.extend(f"{index}: {output}" for output in outputs if len(output) != GREEDY["max_tokens"])
