@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench._common import progress
+from bench._gpu_toolchain import fallbacks
 from ferrum_rt.interfaces.tensor import AttentionKind
 from ferrum_rt.kernels.batch import KvPages, QuerySpan, TokenBatch, allocate_pages
 from ferrum_rt.kernels.cuda import CudaOps
@@ -225,6 +226,7 @@ def main() -> None:
         "FLASHINFER_WORKSPACE_BASE": str(args.cache),
         "FLASHINFER_CUDA_ARCH_LIST": "9.0a",
         "MAX_JOBS": str(args.jobs),
+        **fallbacks(args.cache / "stubs"),
     }
     import flashinfer
     from flashinfer.jit import core, env

@@ -9,7 +9,6 @@ order of what they are worth, for those that find no time left are not run.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import shlex
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bench._common import finish, machine, progress
+from bench._gpu_toolchain import fallbacks
 
 ROOT = Path(__file__).parent.parent
 # Seconds at most, and what is worth running if fewer are left.
@@ -59,21 +59,12 @@ def child_environment(cache: Path, aot: Path | None, *, is_smoke: bool) -> dict[
         "FLASHINFER_USE_CUDA_NORM": "1",
         "FLASHINFER_CUDA_ARCH_LIST": os.environ.get("FLASHINFER_CUDA_ARCH_LIST") or _arch(),
         "FLASHINFER_WORKSPACE_BASE": str(cache),
-        "CPLUS_INCLUDE_PATH": _header_folders(),
+        **fallbacks(cache / "stubs"),
         "MAX_JOBS": str(len(os.sched_getaffinity(0))),
         "PYTHONDONTWRITEBYTECODE": "1",
         # Two engines that take turns would keep each other's threads from the cores.
         **({"OMP_NUM_THREADS": "1"} if is_smoke else {}),
     }
-
-
-def _header_folders() -> str:
-    """CUDA's headers as torch's own packages bring them, to be looked through last: an installation of nvcc alone lacks
-    cublasLt.h, without which FlashInfer's norms do not compile."""
-    spec = importlib.util.find_spec("nvidia")
-    folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
-    found = [str(path) for folder in folders for path in sorted(Path(folder).glob("*/include"))]
-    return ":".join([*filter(None, os.environ.get("CPLUS_INCLUDE_PATH", "").split(":")), *found])
 
 
 def _arch() -> str:

@@ -119,6 +119,7 @@ def test_flashinfer_is_set_up_for_the_parts_alone(tmp_path: Path, monkeypatch: p
     made = gpu.child_environment(tmp_path / "cache", tmp_path / "aot", is_smoke=False)
     assert made["PYTHONPATH"].split(":") == [str(tmp_path / "aot"), "/site", str(ROOT)]
     assert made["FLASHINFER_USE_CUDA_NORM"] == "1"
+    assert (tmp_path / "cache" / "stubs" / "libcuda.so").is_file() == bool(made["LIBRARY_PATH"])
     assert not [name for name in os.environ if name.startswith("FLASHINFER_")]
 
 
