@@ -309,10 +309,10 @@ def busy_host(options: Options, report: Report) -> None:
 def peer(options: Options, report: Report) -> None:
     """The same through vLLM, or through transformers where there is none: both engines are open at once, and take turns."""
     other = VLLM if options.vllm else TRANSFORMERS
-    report.put(peer=other, order="in turns, each in a process of its own with 0.4 of the memory")
+    report.put(peer=other, order="in turns, each in a process of its own with 0.45 of the memory")
     with tempfile.TemporaryDirectory() as directory:
         for name, model in models(options, ("Qwen3-0.6B", "Llama-3.1-8B"), directory).items():
-            settings = options.settings(2304, 256, utilization=0.4)
+            settings = options.settings(2304, 256, utilization=0.45)
             engines: list[EngineProcess] = []
             try:
                 # One after the other: each looks how much memory is free.

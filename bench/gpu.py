@@ -61,7 +61,6 @@ def child_environment(cache: Path, aot: Path | None, *, is_smoke: bool) -> dict[
         "FLASHINFER_WORKSPACE_BASE": str(cache),
         **fallbacks(cache / "stubs"),
         "MAX_JOBS": str(len(os.sched_getaffinity(0))),
-        "PYTHONDONTWRITEBYTECODE": "1",
         # Two engines that take turns would keep each other's threads from the cores.
         **({"OMP_NUM_THREADS": "1"} if is_smoke else {}),
     }
