@@ -80,7 +80,7 @@ def finish(bench: str, facts: Mapping[str, Any], settings: Mapping[str, Any], re
     """Print the last line: one JSON object with the command, the machine, the settings and the results."""
     command = shlex.join(["python", *sys.orig_argv[1:]])
     line = {"bench": bench, "command": command, "machine": facts, "settings": settings, **results}
-    print(json.dumps(_plain(line)))
+    print(json.dumps(plain(line)))
 
 
 def qwen3_config(**changes: Any) -> dict[str, Any]:
@@ -117,14 +117,14 @@ TINY: dict[str, Any] = {
 """Changes to ``qwen3_config`` for a smoke run."""
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """As JSON has it: a Spread by its fields' names, and of each figure as many digits as can mean something."""
     if isinstance(value, Spread):
-        return _plain(value._asdict())
+        return plain(value._asdict())
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
