@@ -284,7 +284,12 @@ async def test_a_reload_applies_what_it_can(path: Path, tmp_path: Path) -> None:
         assert daemon.logged("connected")
         await reload(daemon)
         waiting = ["engine.model.source", "engine.scheduler.drain_s", "daemon.socket", "daemon.otlp"]
-        applied = ["engine.scheduler.clients", "daemon.allowed_uids", "daemon.log_level", "daemon.limits.connection_requests"]
+        applied = [
+            "engine.scheduler.clients",
+            "daemon.allowed_uids",
+            "daemon.log_level",
+            "daemon.limits.connection_requests",
+        ]
         assert [(line["applied"], line["need_a_restart"]) for line in daemon.logged("reloaded")] == [
             (applied, waiting),
             ([], waiting),
