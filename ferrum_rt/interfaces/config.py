@@ -51,6 +51,9 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     Beside requests that decode, so much of others' prompts is prefilled that a step takes about ``itl_target_s`` seconds,
     which is then the time between two tokens; at least ``min_prefill_tokens``. A request that has waited for
     ``ageing_steps`` steps goes up a priority. ``clients`` are policies by client id, ``default_client`` is the others'.
+
+    What a session has computed is kept for ``session_ttl_s`` seconds after its last use, of at most ``max_sessions``
+    sessions, as long as no request needs the pages.
     """
 
     max_running_requests: int = 64
@@ -61,6 +64,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ageing_steps: int = 512
     default_client: ClientPolicy = ClientPolicy()
     clients: dict[str, ClientPolicy] = {}
+    session_ttl_s: float = 300.0
+    max_sessions: int = 256
 
 
 class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -160,6 +165,7 @@ _POSITIVE = (
     ("scheduler", "max_waiting_requests"),
     ("scheduler", "min_prefill_tokens"),
     ("scheduler", "ageing_steps"),
+    ("scheduler", "max_sessions"),
     ("sampling", "max_tokens"),
     ("kv_cache", "block_size"),
     ("kv_cache", "num_pages"),
@@ -246,6 +252,8 @@ def _convert(tree: dict[str, Any]) -> EngineConfig:
 def _check_policies(config: SchedulerConfig) -> None:
     if not config.itl_target_s > 0:
         raise ConfigError(f"scheduler.itl_target_s must be a number of seconds above 0, got {config.itl_target_s}")
+    if not config.session_ttl_s > 0:
+        raise ConfigError(f"scheduler.session_ttl_s must be a number of seconds above 0, got {config.session_ttl_s}")
     policies = {f"clients.{name}": policy for name, policy in config.clients.items()}
     for name, policy in {"default_client": config.default_client, **policies}.items():
         if not 0 < policy.weight < math.inf:

@@ -33,6 +33,7 @@ from ferrum_rt.interfaces.requests import RequestFields, build_request, check_vo
 from ferrum_rt.interfaces.responses import assemble
 from ferrum_rt.interfaces.scheduler import SavedState, SequenceUpdate
 from ferrum_rt.interfaces.types import (
+    ClientId,
     ComponentHealth,
     ComponentStatus,
     EngineMetrics,
@@ -47,6 +48,7 @@ from ferrum_rt.interfaces.types import (
     RequestCounts,
     RequestId,
     SchedulerDiagnostics,
+    SessionId,
     StreamChunk,
 )
 from ferrum_rt.runtime.admission import AdmissionPolicy
@@ -65,6 +67,7 @@ from ferrum_rt.runtime.worker import Worker
 # Requests tokenized in one call, and updates turned into text before the loop is yielded to others.
 _TOKENIZE_AT_ONCE = 64
 _DETOKENIZE_AT_ONCE = 256
+DEFAULT_CLIENT = ClientId("default")
 
 
 def open_runtime(
@@ -324,6 +327,30 @@ class Runtime:
         """Have ``callback`` called on the event loop whenever the pressure on the pages reaches another level."""
         self._pressure.add(callback)
 
+    # -- sessions -----------------------------------------------------------------------------------------------------
+
+    async def end_session(self, session_id: SessionId, client_id: ClientId = DEFAULT_CLIENT) -> bool:
+        """Give up what a session keeps; False if there is no such session (any more)."""
+        return self.end_session_now(session_id, client_id)
+
+    async def fork_session(
+        self, session_id: SessionId, new_session_id: SessionId, client_id: ClientId = DEFAULT_CLIENT
+    ) -> None:
+        """A further session that goes on from where this one stands. Raises NotFound if there is no such session (any more),
+        RequestValidationError for a name that is taken."""
+        self.fork_session_now(session_id, new_session_id, client_id)
+
+    def end_session_now(self, session_id: SessionId, client_id: ClientId) -> bool:
+        """The same, for those who cannot wait."""
+        self._check_takes_requests()
+        return self._scheduler.sessions.end(client_id, session_id)
+
+    def fork_session_now(self, session_id: SessionId, new_session_id: SessionId, client_id: ClientId) -> None:
+        """The same, for those who cannot wait."""
+        self._check_takes_requests()
+        self._scheduler.sessions.fork(client_id, session_id, new_session_id)
+        self._engine.notify()
+
     # -- reports ------------------------------------------------------------------------------------------------------
 
     def export_state(self) -> SavedState:
@@ -495,10 +522,13 @@ class Runtime:
         self._drop(generation)
 
     def _drop(self, generation: Generation, index: int | None = None) -> None:
-        """Take the request, or one of its outputs, from the scheduler, if it is still there."""
+        """Take the request from the scheduler, if it is still there; or one of its outputs, which is complete."""
         if self._failure is None:
             try:
-                self._scheduler.cancel(generation.request.id, index)
+                if index is None:
+                    self._scheduler.cancel(generation.request.id)
+                else:
+                    self._scheduler.end_well(generation.request.id, index)
             except EngineFailed as error:  # the page ledger does not add up; nobody may go on with these pages
                 self._break(error)
 
