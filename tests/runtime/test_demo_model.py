@@ -13,7 +13,7 @@ import anyio
 import pytest
 import torch
 
-from ferrum_rt import FinishReason, InferenceResponse, RequestId
+from ferrum_rt import FinishReason, InferenceResponse, RequestId, SessionId
 from ferrum_rt.interfaces.model_executor import StepOutput
 from ferrum_rt.interfaces.requests import RequestFields
 from ferrum_rt.interfaces.scheduler import BatchPlan, SequenceUpdate
@@ -164,3 +164,19 @@ def test_the_host_process_is_left_alone() -> None:
     before = host_state()
     anyio.run(main)
     assert host_state() == before
+
+
+@pytest.mark.slow
+async def test_a_chat_in_a_session_computes_only_what_is_new() -> None:
+    """Three turns over pages without a prefix cache: each computes the tokens since the last one's end and no others, and
+    has the text that it has without a session."""
+    async with open_runtime(kv_cache={"prefix_caching": False, "num_pages": 64}, max_model_len=512) as engine:
+        prompt = list(range(40, 70))
+        for turn in range(3):
+            given: RequestFields = {"max_tokens": 21, "temperature": 1.0, "seed": turn, "ignore_eos": True}
+            alone = await engine.infer(prompt, **given)
+            said = await engine.infer(prompt, session_id=SessionId("chat"), **given)
+            assert said.text == alone.text
+            assert alone.usage.cached_tokens == 0
+            assert said.usage.cached_tokens == (len(prompt) - 6 if turn else 0)  # all but its last token and the five new
+            prompt = [*prompt, *said.token_ids, *range(50, 55)]

@@ -34,7 +34,7 @@ MAX_TURNS = 20_000
 MAX_BARREN_STEPS = 400  # a prompt takes 40 at most, and half a dozen of them may be computed to find which one fails
 COSTS = CostModel()
 CLIENTS = tuple(ClientId(name) for name in ("ada", "bob", "cyd"))
-SESSIONS = tuple(SessionId(name) for name in ("red", "green", "blue"))
+SESSIONS = tuple(SessionId(name) for name in ("red", "green"))
 DAY_S = 86_400.0
 PROMISES = Promises(isolates=True, drops_early=True, max_lead=math.inf, max_barren_steps=MAX_BARREN_STEPS)
 """Of the scheduler as it is; the lead that a client may have is each engine's own."""
@@ -72,7 +72,7 @@ _ACTIONS = (
 )
 # How likely each fault may be: none of that kind, or once in so many chances.
 _RATES = (0.0, 0.0, 0.01, 0.04, 0.15)
-_FREQUENCIES = {Fault.CLOCK_JUMP: 0.1, Fault.SESSION: 20, Fault.FORK_SESSION: 3}
+_FREQUENCIES = {Fault.CLOCK_JUMP: 0.1, Fault.SESSION: 20, Fault.FORK_SESSION: 5}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class Scenario:
 
     @classmethod
     def draw(cls, rng: Random) -> "Scenario":
-        num_slots, block_size, max_len = rng.randint(1, 5), rng.choice((1, 2, 4)), rng.randint(8, 40)
+        num_slots, block_size, max_len = rng.randint(1, 5), rng.choice((1, 2, 4, 8)), rng.randint(8, 40)
         least = -(-max_len // block_size)
         return cls(
             num_slots=num_slots,
@@ -211,7 +211,8 @@ class RandomWorld:
         self._parked: set[RequestId] = set()
         self._nan: set[RequestId] = set()
         self._guilty: set[RequestId] = set()
-        self._said: dict[tuple[ClientId, SessionId | None], list[TokenId]] = {}  # in each session, by both sides
+        # What both sides said in a session, after each of its last turns.
+        self._said: dict[tuple[ClientId, SessionId], list[list[TokenId]]] = {}
         self._weights = list(accumulate([0.3, *(scenario.rates[fault] for fault in _ACTIONS)]))
 
     def run(self) -> None:
@@ -335,23 +336,26 @@ class RandomWorld:
         ]
         self._checker.submitted(request, expected)
         if session_id is not None:
-            self._said[client_id, session_id] = token_ids + expected[0]
+            turns = self._said.setdefault((client_id, session_id), [])
+            turns[:] = [*turns[-2:], token_ids + expected[0]]
 
     def _prompt(self, client_id: ClientId, session_id: SessionId | None) -> list[TokenId]:
-        """The text that many begin with, or what was said in the session: often all of it, or up to where it parts from
-        there; and something new."""
+        """The text that many begin with, or what was said in the session, now or a turn or two ago: often all of it, else up
+        to where it parts from there; and something new."""
         rng, max_len = self._rng, self._scenario.max_model_len
-        known = self._said.get((client_id, session_id))
-        if known is None or len(known) >= max_len - 1:
+        turns = self._said.get((client_id, session_id), []) if session_id is not None else []
+        known = rng.choice([*turns, *turns[-1:]]) if turns else self._text
+        if not turns or len(known) >= max_len - 1:
             length = rng.randint(1, max_len - 1)
             known = self._text[: rng.randint(0, length)]
         else:
             known = known if rng.random() < 0.7 else known[: rng.randint(0, len(known))]
-            length = rng.randint(len(known) + 1, max_len - 1)
+            length = rng.randint(len(known) + 1, min(len(known) + 6, max_len - 1))
         return known + [TokenId(rng.randint(1, 9)) for _ in range(length - len(known))]
 
     def _change_session(self, fault: Fault) -> None:
-        client_id, (one, other) = self._rng.choice(CLIENTS), self._rng.sample(SESSIONS, 2)
+        client_id, one = self._rng.choice(list(self._said) or [(CLIENTS[0], SESSIONS[0])])
+        other = self._rng.choice([name for name in SESSIONS if name != one])
         self._log.add(fault.name, client_id, one, other)
         if fault is Fault.END_SESSION:
             self._scheduler.sessions.end(client_id, one)
@@ -361,7 +365,7 @@ class RandomWorld:
         except FerrumError as error:
             self._log.add("refused", type(error).__name__)
         else:
-            self._said[client_id, other] = self._said[client_id, one]
+            self._said[client_id, other] = list(self._said[client_id, one])
 
     def _cancel(self, request_id: RequestId, index: int | None, *, ends_well: bool = False) -> None:
         self._log.add("end, as by a stop string" if ends_well else "cancel", request_id, index)
