@@ -99,10 +99,14 @@ class MemoryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     On a GPU the pool also fits in what is left of ``utilization``, a fraction of the whole GPU's memory, besides weights,
     the largest step and what others use there.
+
+    Pages of preempted requests may be swapped to ``swap_bytes`` of the host's memory, where that is faster than computing
+    them again. None is 0: on the CPU it would be a copy from memory to memory, and on CUDA it is not done yet.
     """
 
     kv_cache_bytes: int | None = None
     utilization: float = 0.9
+    swap_bytes: int | None = None
 
 
 class BatchingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -241,6 +245,8 @@ def _convert(tree: dict[str, Any]) -> EngineConfig:
             f"batching.max_batched_tokens ({tokens}) must be at least scheduler.max_running_requests ({requests}): each "
             "running request decodes one token a step"
         )
+    if config.memory.swap_bytes is not None and config.memory.swap_bytes < 0:
+        raise ConfigError(f"memory.swap_bytes must be at least 0, got {config.memory.swap_bytes}")
     if not 0 < config.memory.utilization <= 1:
         raise ConfigError(f"memory.utilization must be above 0 and at most 1, got {config.memory.utilization}")
     if not 0 <= config.scheduler.drain_s < math.inf:

@@ -181,6 +181,12 @@ class PagedKvCache:
         kept.table.pages = []
         self._check_counts()
 
+    def num_shared_tokens(self, handle: KvCacheHandle) -> int:
+        """Tokens at its start in pages that other live sequences hold too."""
+        pages = handle.table.pages
+        first = next((index for index, page in enumerate(pages) if self._refcounts[page] < 2), len(pages))
+        return first * self.block_size
+
     def num_kept_alone(self, kept: Iterable[KvCacheHandle]) -> int:
         """Pages of these handles that no live sequence holds."""
         return len({page for handle in kept for page in handle.table.pages if not self._refcounts[page]})

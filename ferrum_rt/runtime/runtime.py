@@ -138,6 +138,8 @@ class Runtime:
             num_slots=executor.num_slots,
             max_model_len=executor.model_info.max_model_len,
             config=config.scheduler,
+            num_host_pages=executor.num_host_pages,
+            page_bytes=executor.page_bytes,
         )
         self._admission = AdmissionPolicy(config.scheduler, self._retry_after)
         capacity = self._admission.capacity

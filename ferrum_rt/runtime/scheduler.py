@@ -54,6 +54,7 @@ from ferrum_rt.runtime.saved_state import restored, save
 from ferrum_rt.runtime.scheduler_reports import diagnose, estimate_wait
 from ferrum_rt.runtime.sequence import Sequence, SequenceState
 from ferrum_rt.runtime.sessions import Sessions
+from ferrum_rt.runtime.swapping import Swapping
 from ferrum_rt.runtime.trials import Trials
 from ferrum_rt.runtime.waiting import WaitingQueue
 
@@ -61,7 +62,7 @@ _MAX_EVICTIONS = 4  # in a step, for the sake of those who wait
 
 
 class UnifiedScheduler:
-    """The Scheduler. ``sessions`` are for callers to end and to fork."""
+    """The Scheduler. ``sessions`` are for callers to end and to fork; ``num_host_pages`` of ``page_bytes`` to swap to."""
 
     def __init__(
         self,
@@ -71,6 +72,8 @@ class UnifiedScheduler:
         num_slots: int,
         max_model_len: int,
         config: SchedulerConfig = SchedulerConfig(),  # noqa: B008 - it is frozen
+        num_host_pages: int = 0,
+        page_bytes: int = 0,
     ) -> None:
         self._cache = cache
         self._pace = Pace(config)
@@ -79,6 +82,7 @@ class UnifiedScheduler:
         self._max_model_len = max_model_len
         self._residents = Residents(cache, self._clients, num_slots=num_slots, num_pages=num_pages)
         self.sessions = Sessions(cache, self._clients, config, num_pages=num_pages)
+        self.swapping = Swapping(cache, self._pace.costs, num_pages=num_host_pages, page_bytes=page_bytes)
         self._sequences: dict[RequestId, list[Sequence]] = {}  # the samples of each request that have not ended
         self._waiting = WaitingQueue(self._clients, config.ageing_steps)
         self._parked: dict[Sequence, None] = {}
@@ -250,7 +254,9 @@ class UnifiedScheduler:
             return None
         self._num_batches += 1
         batch_id = BatchId(self._num_batches)
-        self._in_flight.append(PlannedStep(batch_id, entries, work_of(entries)))
+        self.swapping.carry_out(step)
+        num_swaps = len(step.swapped_out) + len(step.swapped_in)
+        self._in_flight.append(PlannedStep(batch_id, entries, work_of(entries), num_swaps))
         return BatchPlan(batch_id=batch_id, step=step)
 
     def commit(self, plan: BatchPlan, output: StepOutput, step_s: float | None = None) -> list[SequenceUpdate]:
@@ -259,7 +265,9 @@ class UnifiedScheduler:
         outputs: list[DecodeOutput | PrefillOutput] = [*output.decodes, *output.prefills]
         if len(planned.entries) != len(outputs):
             raise EngineFailed(f"the executor returned {len(outputs)} outputs for {len(planned.entries)} inputs")
-        if step_s is not None:
+        if step_s is not None and planned.num_swaps:
+            self.swapping.observe(planned.num_swaps, planned.work, step_s)
+        elif step_s is not None:
             self._pace.observe(planned.work, step_s)
         updates = []
         served: Counter[tuple[Priority, ClientId]] = Counter()
@@ -379,8 +387,9 @@ class UnifiedScheduler:
 
     def _claim_pages(self, sequence: Sequence, step: StepInput, entries: list[Entry]) -> KvCacheHandle | None:
         request = sequence.request
-        too_fresh = {entry.sequence for entry in entries if entry.start < len(request.token_ids)}
-        return claim_pages(self._cache, self.sessions, sequence, self._sequences[request.request_id], too_fresh, step)
+        samples = self._sequences[request.request_id]
+        too_fresh = {entry.sequence for entry in entries if entry.start < len(request.token_ids)} | self.swapping.arriving
+        return claim_pages(self._cache, self.sessions, self.swapping, sequence, samples, too_fresh, step)
 
     def _release_samples(self, first: Sequence) -> None:
         """The prompt of ``first`` is computed by the step just planned; from the next on its siblings can share it."""
@@ -421,6 +430,7 @@ class UnifiedScheduler:
     def _preempt_parked(self) -> bool:
         for sequence in self._parked:
             if sequence.handle is not None:
+                self.swapping.swap_out(sequence)
                 self._residents.release(sequence)
                 self._num_preemptions += 1
                 return True
@@ -428,13 +438,16 @@ class UnifiedScheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._residents.running.remove(sequence)
+        self.swapping.swap_out(sequence)
         self._residents.release(sequence)
         self._wait(sequence)
         self._num_preemptions += 1
 
     def _take_back(self, sequence: Sequence) -> bool:
         """What steps that have not landed compute for it does not count; False if it had nothing of them."""
-        if sequence.handle is None and not sequence.num_pending:
+        is_swapped = sequence in self.swapping
+        self.swapping.drop(sequence)
+        if sequence.handle is None and not sequence.num_pending and not is_swapped:
             return False
         if sequence.state is SequenceState.RUNNING:
             self._residents.running.remove(sequence)
@@ -528,6 +541,7 @@ class UnifiedScheduler:
 
     def _finish(self, sequence: Sequence, *, ends_well: bool = False) -> None:
         self._leave_queue(sequence)
+        self.swapping.drop(sequence)
         handle = self._residents.leave(sequence)
         if handle is not None and ends_well:
             self.sessions.take(sequence, handle)

@@ -67,6 +67,8 @@ def first_violation(
         (planted_bugs.BlamesEverybody, Invariant.ISOLATION),
         (planted_bugs.EndlessTrials, Invariant.BOUNDED_WAIT),
         (planted_bugs.KeepsWhatFailed, Invariant.SAME_OUTPUT),
+        (planted_bugs.HostPageFreedTwice, Invariant.LEDGER),
+        (planted_bugs.CopiedBeforeItArrives, Invariant.SAME_OUTPUT),
     ],
 )
 def test_a_planted_bug_of_the_scheduler_is_found(bug: type[UnifiedScheduler], invariant: Invariant) -> None:

@@ -86,6 +86,8 @@ class Scenario:
     max_model_len: int
     max_batched_tokens: int
     prefix_caching: bool
+    num_host_pages: int
+    page_bytes: int
     num_requests: int
     activity: float
     rates: dict[Fault, float]
@@ -93,11 +95,11 @@ class Scenario:
 
     @property
     def max_lead(self) -> float:
-        """Weighted tokens by which one client may be ahead of another that waits too: a prompt, and outputs that fill the
-        pages, of the client with the least weight. Any, where a client's share of the pages may be what it waits for."""
+        """Weighted tokens by which one client may be ahead of another that waits too: VTC's bound (Theorem 4.4 there), of
+        the client with the least weight. Any, where a client's share of the pages may be what it waits for."""
         if any(policy.max_page_share < 1 for policy in self.policies.clients.values()):
             return math.inf
-        return INPUT_WEIGHT * self.max_model_len + OUTPUT_WEIGHT * self.num_pages * self.block_size
+        return 2 * max(INPUT_WEIGHT * self.max_model_len, OUTPUT_WEIGHT * self.num_pages * self.block_size)
 
     @classmethod
     def draw(cls, rng: Random) -> "Scenario":
@@ -110,6 +112,8 @@ class Scenario:
             max_model_len=max_len,
             max_batched_tokens=num_slots + rng.choice((0, 3, 8, 20)),
             prefix_caching=rng.random() < 0.9,
+            num_host_pages=rng.choice((0, least // 2, 2 * least, 4 * least)),
+            page_bytes=rng.choice((1, 10**7)),
             num_requests=rng.randint(10, 60),
             activity=rng.choice((0.1, 0.3, 0.5)),
             rates={fault: rng.choice(_RATES) * _FREQUENCIES.get(fault, 1) for fault in Fault},
@@ -167,6 +171,8 @@ def _live(
         num_slots=scenario.num_slots,
         max_model_len=scenario.max_model_len,
         config=scenario.policies,
+        num_host_pages=scenario.num_host_pages,
+        page_bytes=scenario.page_bytes,
     )
     if promises.max_lead is not None:
         promises = msgspec.structs.replace(promises, max_lead=scenario.max_lead)
@@ -221,6 +227,7 @@ class RandomWorld:
         try:
             while self.engine.turn():
                 checker.check(self.engine.num_steps)
+                self._scheduler.swapping.verify()
                 if len(self._scheduler.sessions) > self._scenario.policies.max_sessions:
                     raise Violation(Invariant.BOUNDED_MEMORY, f"{len(self._scheduler.sessions)} sessions are kept")
                 for counters in self._scheduler.backlogs():
