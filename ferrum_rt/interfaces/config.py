@@ -53,6 +53,9 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     Beside requests that decode, so much of others' prompts is prefilled that a step takes about ``itl_target_s`` seconds,
     which is then the time between two tokens; at least ``min_prefill_tokens``. A request that has waited for
     ``ageing_steps`` steps goes up a priority. ``clients`` are policies by client id, ``default_client`` is the others'.
+
+    What a session has computed is kept for ``session_ttl_s`` seconds after its last use, of at most ``max_sessions``
+    sessions, as long as no request needs the pages.
     """
 
     max_running_requests: int = 64
@@ -63,6 +66,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ageing_steps: int = 512
     default_client: ClientPolicy = ClientPolicy()
     clients: dict[str, ClientPolicy] = {}
+    session_ttl_s: float = 300.0
+    max_sessions: int = 256
 
     def policy(self, client_id: str) -> ClientPolicy:
         """What holds for a client."""
@@ -100,10 +105,14 @@ class MemoryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     On a GPU the pool also fits in what is left of ``utilization``, a fraction of the whole GPU's memory, besides weights,
     the largest step and what others use there.
+
+    Pages of preempted requests may be swapped to ``swap_bytes`` of the host's memory, where that is faster than computing
+    them again. None is 0: on the CPU it would be a copy from memory to memory, and on CUDA it is not done yet.
     """
 
     kv_cache_bytes: int | None = None
     utilization: float = 0.9
+    swap_bytes: int | None = None
 
 
 class BatchingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -166,6 +175,7 @@ _POSITIVE = (
     ("scheduler", "max_waiting_requests"),
     ("scheduler", "min_prefill_tokens"),
     ("scheduler", "ageing_steps"),
+    ("scheduler", "max_sessions"),
     ("sampling", "max_tokens"),
     ("kv_cache", "block_size"),
     ("kv_cache", "num_pages"),
@@ -241,6 +251,8 @@ def _convert(tree: dict[str, Any]) -> EngineConfig:
             f"batching.max_batched_tokens ({tokens}) must be at least scheduler.max_running_requests ({requests}): each "
             "running request decodes one token a step"
         )
+    if config.memory.swap_bytes is not None and config.memory.swap_bytes < 0:
+        raise ConfigError(f"memory.swap_bytes must be at least 0, got {config.memory.swap_bytes}")
     if not 0 < config.memory.utilization <= 1:
         raise ConfigError(f"memory.utilization must be above 0 and at most 1, got {config.memory.utilization}")
     if not 0 <= config.scheduler.drain_s < math.inf:
@@ -252,6 +264,8 @@ def _convert(tree: dict[str, Any]) -> EngineConfig:
 def _check_policies(config: SchedulerConfig) -> None:
     if not config.itl_target_s > 0:
         raise ConfigError(f"scheduler.itl_target_s must be a number of seconds above 0, got {config.itl_target_s}")
+    if not config.session_ttl_s > 0:
+        raise ConfigError(f"scheduler.session_ttl_s must be a number of seconds above 0, got {config.session_ttl_s}")
     policies = {f"clients.{name}": policy for name, policy in config.clients.items()}
     for name, policy in {"default_client": config.default_client, **policies}.items():
         if not 0 < policy.weight < math.inf:

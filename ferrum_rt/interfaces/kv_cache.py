@@ -29,13 +29,15 @@ class AllocationRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KvCacheHandle(msgspec.Struct, eq=False, kw_only=True):
-    """A live sequence's claim on pages. The first ``num_cached_tokens`` were computed by somebody else before. ``digests``
-    are those of its start and of each page after it that is published."""
+    """A sequence's claim on pages: a live one's, or what is kept of one that has ended. The first ``num_cached_tokens`` were
+    computed by somebody else before; ``num_computed`` are known to be written, once a step of its own has been committed.
+    ``digests`` are those of its start and of each page after it that is published."""
 
     request_id: RequestId
     table: BlockTable
     num_cached_tokens: int
     digests: list[bytes]
+    num_computed: int = 0
 
 
 class KvCacheFork(msgspec.Struct, frozen=True):
@@ -65,5 +67,8 @@ class KvCacheManager(Protocol):
     def extend(self, handle: KvCacheHandle, num_tokens: int) -> bool: ...
     def publish(self, handle: KvCacheHandle, token_ids: Sequence[TokenId], num_computed: int) -> None: ...
     def deallocate(self, handle: KvCacheHandle) -> None: ...
+    def keep(self, handle: KvCacheHandle) -> None: ...
+    def resume(self, kept: KvCacheHandle, request_id: RequestId, num_tokens: int, room: int) -> KvCacheFork | None: ...
+    def give_up(self, kept: KvCacheHandle) -> None: ...
     def statistics(self) -> CacheHandleStats: ...
     def gc(self) -> int: ...

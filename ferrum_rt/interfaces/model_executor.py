@@ -69,13 +69,23 @@ class PageCopy(msgspec.Struct, gc=False):
     target: int
 
 
+class PageSwap(msgspec.Struct, gc=False):
+    """A page on the device, and one on the host."""
+
+    page: int
+    host_page: int
+
+
 class StepInput(msgspec.Struct):
-    """One step: first what changed in the slots and the pages, then the batch to run."""
+    """One step: first what changed in the slots and the pages, then the batch to run. What pages hold is moved in this
+    order: from ``swapped_out`` pages to the host's, then ``copied``, then to ``swapped_in`` pages from the host's."""
 
     assigned: list[SlotAssignment]
     appended: list[PageAppend]
     copied: list[PageCopy]
     batch: UnifiedBatch
+    swapped_out: list[PageSwap] = []
+    swapped_in: list[PageSwap] = []
 
 
 class DecodeOutput(msgspec.Struct, gc=False):
@@ -101,11 +111,14 @@ class StepOutput(msgspec.Struct):
 
 class ModelExecutor(Protocol):
     """Runs steps in the order it is given them, all on one thread. The order is what makes it safe to give a page to
-    somebody else while the step that last wrote it has not run yet."""
+    somebody else while the step that last wrote it has not run yet. ``num_host_pages`` pages of the host's memory are there
+    to swap pages to, each of ``page_bytes`` over all layers."""
 
     model_info: ModelInfo
     num_slots: int
     num_pages: int
+    num_host_pages: int
+    page_bytes: int
 
     def execute(self, step: StepInput) -> Future[StepOutput]:
         """Run one step: to its end, or until a device has all it needs for it and the next may be given. Raises, at once or

@@ -8,13 +8,22 @@ import msgspec
 from ferrum_rt.interfaces.errors import FerrumError
 from ferrum_rt.interfaces.model_executor import StepInput, StepOutput
 from ferrum_rt.interfaces.sampler import SamplingConfig, TokenScores
-from ferrum_rt.interfaces.types import BatchId, ClientId, FinishReason, Priority, RequestId, SchedulerStats, TokenId
+from ferrum_rt.interfaces.types import (
+    BatchId,
+    ClientId,
+    FinishReason,
+    Priority,
+    RequestId,
+    SchedulerStats,
+    SessionId,
+    TokenId,
+)
 
 
 class SequenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A tokenized request, ready to be scheduled: ``num_samples`` sequences that share their prompt. ``submitted_at`` and
     ``deadline`` are on the clock that BatchHint's ``now`` is read from. ``prompt_logprobs`` asks for the scores of the
-    prompt's tokens."""
+    prompt's tokens. What a request of a session (of its client's) computes stays with the session when it ends well."""
 
     request_id: RequestId
     token_ids: list[TokenId]
@@ -29,6 +38,7 @@ class SequenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     salt: bytes = b""
     num_samples: int = 1
     prompt_logprobs: int | None = None
+    session_id: SessionId | None = None
 
 
 class SavedRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,6 +107,10 @@ class Scheduler(Protocol):
         """Drop a request, or one of its samples, and free the pages at once; False if it is not here (any more)."""
         ...
 
+    def end_well(self, request_id: RequestId, index: int) -> bool:
+        """As ``cancel``, of a sample whose output is complete: what it computed may stay with its session."""
+        ...
+
     def park(self, request_id: RequestId) -> None:
         """Leave a request out of the coming steps; its pages stay unless others need them."""
         ...
@@ -117,7 +131,7 @@ class Scheduler(Protocol):
         ...
 
     def expire(self, now: float) -> list[SequenceUpdate]:
-        """End the requests whose deadline has passed."""
+        """End the requests whose deadline has passed, and the sessions that nobody has used for their time."""
         ...
 
     def export_state(self, now: float) -> SavedState:

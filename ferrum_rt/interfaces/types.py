@@ -351,7 +351,8 @@ class MemoryPressure(enum.IntEnum):
 
 
 class PageCounts(msgspec.Struct, frozen=True, kw_only=True):
-    """KV pages by state: total = free + active (held by a live request) + cached (held by the prefix cache alone)."""
+    """KV pages by state: total = free + active (held by a live request) + cached (held by the prefix cache or by
+    sessions between their turns)."""
 
     total: int
     free: int

@@ -98,6 +98,8 @@ class CudaExecutor:
         self.model_info = model_info
         self.num_slots = num_slots
         self.num_pages = num_pages
+        self.num_host_pages = 0  # a preempted sequence is computed again
+        self.page_bytes = memory_of(0, cache).kv_cache // (num_pages + 1)
         self._decoder, self._ops, self._sampler, self._cache = decoder, ops, sampler, cache
         self._device, self._draw = device, draw
         self._weight_bytes, self._block_size = weight_bytes, block_size

@@ -6,12 +6,21 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ferrum_rt.interfaces.model_executor import StepInput, StepOutput
+from ferrum_rt.interfaces.model_executor import PageSwap, StepInput, StepOutput
 from ferrum_rt.interfaces.sampler import Sampler, SamplingContext
 from ferrum_rt.interfaces.types import MemoryUsage, ModelInfo
 from ferrum_rt.kernels.batch import KvPages, TokenBatch
 from ferrum_rt.runtime.models.decoder import Decoder
-from ferrum_rt.runtime.step_rows import StepRows, lay_out, memory_of, outputs_of, page_rows, prompt_scores, table_changes
+from ferrum_rt.runtime.step_rows import (
+    StepRows,
+    lay_out,
+    memory_of,
+    outputs_of,
+    page_rows,
+    parts_of,
+    prompt_scores,
+    table_changes,
+)
 from ferrum_rt.runtime.worker import finished
 
 
@@ -28,10 +37,16 @@ class DecoderExecutor:
         num_slots: int,
         num_pages: int,
         block_size: int,
+        num_host_pages: int = 0,
     ) -> None:
         self.model_info = model_info
         self.num_slots = num_slots
         self.num_pages = num_pages
+        self.num_host_pages = num_host_pages
+        self.page_bytes = memory_of(0, cache).kv_cache // num_pages
+        self._host_pages = [
+            torch.empty((num_host_pages * block_size, *part.shape[1:]), dtype=part.dtype) for part in parts_of(cache)
+        ]
         self._decoder, self._sampler, self._cache = decoder, sampler, cache
         self._block_size = block_size
         pages_per_slot = -(-model_info.max_model_len // block_size)
@@ -71,11 +86,24 @@ class DecoderExecutor:
         at, pages = table_changes(step, self._block_tables.shape[1])
         if at:
             self._block_tables.view(-1)[at] = torch.tensor(pages)
+        for swap in step.swapped_out:
+            self._move(swap, to_host=True)
         if step.copied:
             sources = page_rows(torch.tensor([item.source for item in step.copied]), self._block_size)
             targets = page_rows(torch.tensor([item.target for item in step.copied]), self._block_size)
             for layer in self._cache:
                 self._decoder.ops.copy_kv(layer, sources, targets)
+
+        for swap in step.swapped_in:
+            self._move(swap, to_host=False)
+
+    def _move(self, swap: PageSwap, *, to_host: bool) -> None:
+        """A page, of all layers."""
+        size = self._block_size
+        for part, host in zip(parts_of(self._cache), self._host_pages, strict=True):
+            ours = part[swap.page * size : (swap.page + 1) * size]
+            theirs = host[swap.host_page * size : (swap.host_page + 1) * size]
+            theirs.copy_(ours) if to_host else ours.copy_(theirs)
 
     def _batch(self, rows: StepRows) -> TokenBatch:
         decoded = self._last_tokens[rows.slots[: rows.num_decodes]]

@@ -175,7 +175,8 @@ def _build_cpu_executor(job: LoadJob) -> DecoderExecutor:
     kv_kind = config.kv_cache.dtype or KvDtypeKind(dtype.value)
     wanted_len = wanted_length(config, spec)
     budget = config.memory.kv_cache_bytes or available_memory() // 4
-    max_model_len, num_pages = fit_pages(config, wanted_len, bytes_per_page(config, spec, kv_kind), budget)
+    page_bytes = bytes_per_page(config, spec, kv_kind)
+    max_model_len, num_pages = fit_pages(config, wanted_len, page_bytes, budget)
     num_slots, block_size = config.scheduler.max_running_requests, config.kv_cache.block_size
     ops = CpuOps()
     with torch.inference_mode():
@@ -189,6 +190,7 @@ def _build_cpu_executor(job: LoadJob) -> DecoderExecutor:
             num_slots=num_slots,
             num_pages=num_pages,
             block_size=block_size,
+            num_host_pages=(config.memory.swap_bytes or 0) // page_bytes,
         )
 
 

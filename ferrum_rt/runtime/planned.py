@@ -34,6 +34,7 @@ class PlannedStep(NamedTuple):
     batch_id: BatchId
     entries: list[Entry]
     work: StepWork
+    num_swaps: int = 0
 
 
 def work_of(entries: list[Entry]) -> StepWork:

@@ -46,13 +46,21 @@ class Residents:
 
     def release(self, sequence: Sequence) -> None:
         """Slot and pages are free again, if it has any."""
-        if sequence.handle is not None and sequence.slot is not None:
-            client = self._clients[sequence.request.client_id]
-            client.num_running -= 1
-            client.num_pages -= len(sequence.handle.table.pages)
-            self._cache.deallocate(sequence.handle)
-            self._free_slots.append(sequence.slot)
-            sequence.stop()
+        handle = self.leave(sequence)
+        if handle is not None:
+            self._cache.deallocate(handle)
+
+    def leave(self, sequence: Sequence) -> KvCacheHandle | None:
+        """Its slot is free again, if it has one; what becomes of the pages, which are returned, is the caller's care."""
+        slot, handle = sequence.slot, sequence.handle
+        if slot is None or handle is None:
+            return None
+        client = self._clients[sequence.request.client_id]
+        client.num_running -= 1
+        client.num_pages -= len(handle.table.pages)
+        self._free_slots.append(slot)
+        sequence.stop()
+        return handle
 
     def has_room_for(self, waiting: Sequence) -> bool:
         """Whether there are a slot and pages, even if it finds none of them in the cache."""

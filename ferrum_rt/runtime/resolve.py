@@ -119,6 +119,7 @@ def resolve(
         salt=b"" if config.kv_cache.shared_prefixes else request.client_id.encode(),
         num_samples=params.n,
         prompt_logprobs=params.prompt_logprobs,
+        session_id=request.session_id,
     )
 
 

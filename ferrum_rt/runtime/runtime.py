@@ -31,6 +31,7 @@ from ferrum_rt.interfaces.requests import RequestFields, build_request, check_vo
 from ferrum_rt.interfaces.responses import assemble
 from ferrum_rt.interfaces.scheduler import SavedState, SequenceUpdate
 from ferrum_rt.interfaces.types import (
+    ClientId,
     ComponentHealth,
     ComponentStatus,
     EngineMetrics,
@@ -45,6 +46,7 @@ from ferrum_rt.interfaces.types import (
     RequestCounts,
     RequestId,
     SchedulerDiagnostics,
+    SessionId,
     StreamChunk,
 )
 from ferrum_rt.runtime.admission import AdmissionPolicy
@@ -63,6 +65,7 @@ from ferrum_rt.runtime.worker import Worker
 # Requests tokenized in one call, and updates turned into text before the loop is yielded to others.
 _TOKENIZE_AT_ONCE = 64
 _DETOKENIZE_AT_ONCE = 256
+DEFAULT_CLIENT = ClientId("default")
 
 
 def open_runtime(
@@ -133,6 +136,8 @@ class Runtime:
             num_slots=executor.num_slots,
             max_model_len=executor.model_info.max_model_len,
             config=config.scheduler,
+            num_host_pages=executor.num_host_pages,
+            page_bytes=executor.page_bytes,
         )
         self._admission = AdmissionPolicy(config.scheduler, self._retry_after)
         capacity = self._admission.capacity
@@ -322,6 +327,30 @@ class Runtime:
         """Have ``callback`` called on the event loop whenever the pressure on the pages reaches another level."""
         self._pressure.add(callback)
 
+    # -- sessions -----------------------------------------------------------------------------------------------------
+
+    async def end_session(self, session_id: SessionId, client_id: ClientId = DEFAULT_CLIENT) -> bool:
+        """Give up what a session keeps; False if there is no such session (any more)."""
+        return self.end_session_now(session_id, client_id)
+
+    async def fork_session(
+        self, session_id: SessionId, new_session_id: SessionId, client_id: ClientId = DEFAULT_CLIENT
+    ) -> None:
+        """A further session that goes on from where this one stands. Raises NotFound if there is no such session (any more),
+        RequestValidationError for a name that is taken."""
+        self.fork_session_now(session_id, new_session_id, client_id)
+
+    def end_session_now(self, session_id: SessionId, client_id: ClientId) -> bool:
+        """The same, for those who cannot wait."""
+        self._check_takes_requests()
+        return self._scheduler.sessions.end(client_id, session_id)
+
+    def fork_session_now(self, session_id: SessionId, new_session_id: SessionId, client_id: ClientId) -> None:
+        """The same, for those who cannot wait."""
+        self._check_takes_requests()
+        self._scheduler.sessions.fork(client_id, session_id, new_session_id)
+        self._engine.notify()
+
     # -- reports ------------------------------------------------------------------------------------------------------
 
     def export_state(self) -> SavedState:
@@ -493,10 +522,13 @@ class Runtime:
         self._drop(generation)
 
     def _drop(self, generation: Generation, index: int | None = None) -> None:
-        """Take the request, or one of its outputs, from the scheduler, if it is still there."""
+        """Take the request from the scheduler, if it is still there; or one of its outputs, which is complete."""
         if self._failure is None:
             try:
-                self._scheduler.cancel(generation.request.id, index)
+                if index is None:
+                    self._scheduler.cancel(generation.request.id)
+                else:
+                    self._scheduler.end_well(generation.request.id, index)
             except EngineFailed as error:  # the page ledger does not add up; nobody may go on with these pages
                 self._break(error)
 

@@ -19,12 +19,11 @@ from ferrum_rt.interfaces.errors import (
     RequestValidationError,
     ResourceExhausted,
 )
-from ferrum_rt.interfaces.kv_cache import AllocationRequest, KvCacheHandle
+from ferrum_rt.interfaces.kv_cache import KvCacheHandle
 from ferrum_rt.interfaces.model_executor import (
     DecodeInput,
     DecodeOutput,
     PageAppend,
-    PageCopy,
     PrefillInput,
     PrefillOutput,
     SlotAssignment,
@@ -44,6 +43,7 @@ from ferrum_rt.interfaces.types import (
     SchedulerStats,
     TokenId,
 )
+from ferrum_rt.runtime.claims import claim_pages
 from ferrum_rt.runtime.clients import Clients
 from ferrum_rt.runtime.deadlines import Deadlines
 from ferrum_rt.runtime.pace import Pace
@@ -53,6 +53,8 @@ from ferrum_rt.runtime.residents import Residents
 from ferrum_rt.runtime.saved_state import restored, save
 from ferrum_rt.runtime.scheduler_reports import diagnose, estimate_wait
 from ferrum_rt.runtime.sequence import Sequence, SequenceState
+from ferrum_rt.runtime.sessions import Sessions
+from ferrum_rt.runtime.swapping import Swapping
 from ferrum_rt.runtime.trials import Trials
 from ferrum_rt.runtime.waiting import WaitingQueue
 
@@ -60,7 +62,7 @@ _MAX_EVICTIONS = 4  # in a step, for the sake of those who wait
 
 
 class UnifiedScheduler:
-    """The Scheduler."""
+    """The Scheduler. ``sessions`` are for callers to end and to fork; ``num_host_pages`` of ``page_bytes`` to swap to."""
 
     def __init__(
         self,
@@ -70,6 +72,8 @@ class UnifiedScheduler:
         num_slots: int,
         max_model_len: int,
         config: SchedulerConfig = SchedulerConfig(),  # noqa: B008 - it is frozen
+        num_host_pages: int = 0,
+        page_bytes: int = 0,
     ) -> None:
         self._cache = cache
         self._pace = Pace(config)
@@ -77,6 +81,8 @@ class UnifiedScheduler:
         self._num_pages = num_pages
         self._max_model_len = max_model_len
         self._residents = Residents(cache, self._clients, num_slots=num_slots, num_pages=num_pages)
+        self.sessions = Sessions(cache, self._clients, config, num_pages=num_pages)
+        self.swapping = Swapping(cache, self._pace.costs, num_pages=num_host_pages, page_bytes=page_bytes)
         self._sequences: dict[RequestId, list[Sequence]] = {}  # the samples of each request that have not ended
         self._waiting = WaitingQueue(self._clients, config.ageing_steps)
         self._parked: dict[Sequence, None] = {}
@@ -114,9 +120,17 @@ class UnifiedScheduler:
     def cancel(self, request_id: RequestId, index: int | None = None) -> bool:
         """Drop a request, or one of its samples, wherever it is, and free the pages now; False if it is not here (any
         more)."""
+        self.sessions.drop(request_id)
         samples = [sequence for sequence in self._sequences.get(request_id, ()) if index in (None, sequence.index)]
         for sequence in samples:
             self._finish(sequence)
+        return bool(samples)
+
+    def end_well(self, request_id: RequestId, index: int) -> bool:
+        """As ``cancel``, of a sample whose output is complete: what it computed may stay with its session."""
+        samples = [sequence for sequence in self._sequences.get(request_id, ()) if sequence.index == index]
+        for sequence in samples:
+            self._finish(sequence, ends_well=True)
         return bool(samples)
 
     def park(self, request_id: RequestId) -> None:
@@ -141,6 +155,7 @@ class UnifiedScheduler:
         """End the requests whose deadline has passed: with what they have, or with DeadlineExceeded if that is nothing; and
         those that would only have begun when there is no time left for their prompt."""
         updates = []
+        self.sessions.expire(now)
         for due, request in self._deadlines.passed(now):
             samples = self._live(request)
             assert request.deadline is not None  # it would not be here
@@ -159,7 +174,8 @@ class UnifiedScheduler:
 
     def next_deadline(self) -> float | None:
         """When ``expire`` has something to do, if nothing happens before."""
-        return self._deadlines.next()
+        moments = (self._deadlines.next(), self.sessions.next_expiry())
+        return min((moment for moment in moments if moment is not None), default=None)
 
     def estimated_wait_s(self) -> float:
         """How long those who wait now will keep the engine busy, in seconds; 0 before it has run for a while."""
@@ -191,6 +207,7 @@ class UnifiedScheduler:
         self._pace.config = config
         self._waiting.ageing_steps = config.ageing_steps
         self._clients.reconfigure(config)
+        self.sessions.reconfigure(config)
 
     def diagnostics(self) -> SchedulerDiagnostics:
         """In time linear in what is alive."""
@@ -218,6 +235,7 @@ class UnifiedScheduler:
         step = StepInput([], [], [], UnifiedBatch([], []))
         entries: list[Entry] = []
         self._num_plans += 1
+        self.sessions.now = hint.now
         self._waiting.age(self._num_plans)
         if self._trials:
             self._plan_trial(step, entries, hint.max_tokens)
@@ -236,7 +254,9 @@ class UnifiedScheduler:
             return None
         self._num_batches += 1
         batch_id = BatchId(self._num_batches)
-        self._in_flight.append(PlannedStep(batch_id, entries, work_of(entries)))
+        self.swapping.carry_out(step)
+        num_swaps = len(step.swapped_out) + len(step.swapped_in)
+        self._in_flight.append(PlannedStep(batch_id, entries, work_of(entries), num_swaps))
         return BatchPlan(batch_id=batch_id, step=step)
 
     def commit(self, plan: BatchPlan, output: StepOutput, step_s: float | None = None) -> list[SequenceUpdate]:
@@ -245,7 +265,9 @@ class UnifiedScheduler:
         outputs: list[DecodeOutput | PrefillOutput] = [*output.decodes, *output.prefills]
         if len(planned.entries) != len(outputs):
             raise EngineFailed(f"the executor returned {len(outputs)} outputs for {len(planned.entries)} inputs")
-        if step_s is not None:
+        if step_s is not None and planned.num_swaps:
+            self.swapping.observe(planned.num_swaps, planned.work, step_s)
+        elif step_s is not None:
             self._pace.observe(planned.work, step_s)
         updates = []
         served: Counter[tuple[Priority, ClientId]] = Counter()
@@ -364,32 +386,10 @@ class UnifiedScheduler:
                 budget -= self._plan_chunk(sequence, step, entries, budget)
 
     def _claim_pages(self, sequence: Sequence, step: StepInput, entries: list[Entry]) -> KvCacheHandle | None:
-        """Those of another sample that has computed the prompt in an earlier step, all but its last token, whose logits are
-        wanted; else what the prefix cache has, and new ones."""
-        request, num_prompt = sequence.request, len(sequence.request.token_ids)
-        if request.num_samples > 1 and not sequence.num_outputs:
-            too_fresh = {entry.sequence for entry in entries if entry.start < num_prompt}
-            for other in self._sequences[request.request_id]:
-                if other.handle is not None and other.num_planned >= num_prompt and other not in too_fresh:
-                    fork = self._cache.fork(other.handle, num_prompt - 1, room=num_prompt)
-                    if fork is None:
-                        return None
-                    if fork.copy is not None:
-                        step.copied.append(PageCopy(*fork.copy))
-                    sequence.num_cached_tokens = other.num_cached_tokens
-                    return fork.handle
-        handle = self._cache.allocate(
-            AllocationRequest(
-                request_id=request.request_id,
-                token_ids=sequence.tokens,
-                num_tokens=len(sequence.tokens),
-                salt=request.salt,
-                reuse_prefix=not sequence.wants_scores,
-            )
-        )
-        if handle is not None and not sequence.num_outputs:
-            sequence.num_cached_tokens = handle.num_cached_tokens
-        return handle
+        request = sequence.request
+        samples = self._sequences[request.request_id]
+        too_fresh = {entry.sequence for entry in entries if entry.start < len(request.token_ids)} | self.swapping.arriving
+        return claim_pages(self._cache, self.sessions, self.swapping, sequence, samples, too_fresh, step)
 
     def _release_samples(self, first: Sequence) -> None:
         """The prompt of ``first`` is computed by the step just planned; from the next on its siblings can share it."""
@@ -430,6 +430,7 @@ class UnifiedScheduler:
     def _preempt_parked(self) -> bool:
         for sequence in self._parked:
             if sequence.handle is not None:
+                self.swapping.swap_out(sequence)
                 self._residents.release(sequence)
                 self._num_preemptions += 1
                 return True
@@ -437,13 +438,16 @@ class UnifiedScheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._residents.running.remove(sequence)
+        self.swapping.swap_out(sequence)
         self._residents.release(sequence)
         self._wait(sequence)
         self._num_preemptions += 1
 
     def _take_back(self, sequence: Sequence) -> bool:
         """What steps that have not landed compute for it does not count; False if it had nothing of them."""
-        if sequence.handle is None and not sequence.num_pending:
+        is_swapped = sequence in self.swapping
+        self.swapping.drop(sequence)
+        if sequence.handle is None and not sequence.num_pending and not is_swapped:
             return False
         if sequence.state is SequenceState.RUNNING:
             self._residents.running.remove(sequence)
@@ -523,20 +527,26 @@ class UnifiedScheduler:
             update.finish_reason = FinishReason.LENGTH
         if update.finish_reason is not None:
             self._pace.ended(sequence.num_outputs)
-            self._finish(sequence)
+            self._finish(sequence, ends_well=True)
         return update
 
     def _fail(self, request: SequenceRequest, error: FerrumError) -> SequenceUpdate:
         """End a request with all its samples."""
+        self.sessions.drop(request.request_id)
         for sequence in self._live(request):
             if sequence.handle is not None:
                 self._cache.unpublish(sequence.handle)  # whatever made it fail may have been in them
             self._finish(sequence)
         return SequenceUpdate(request_id=request.request_id, token_ids=[], error=error)
 
-    def _finish(self, sequence: Sequence) -> None:
+    def _finish(self, sequence: Sequence, *, ends_well: bool = False) -> None:
         self._leave_queue(sequence)
-        self._residents.release(sequence)
+        self.swapping.drop(sequence)
+        handle = self._residents.leave(sequence)
+        if handle is not None and ends_well:
+            self.sessions.take(sequence, handle)
+        elif handle is not None:
+            self._cache.deallocate(handle)
         sequence.state = SequenceState.FINISHED
         self._clients.leave(sequence.request.client_id)
         samples = self._sequences[sequence.request.request_id]
@@ -545,6 +555,7 @@ class UnifiedScheduler:
             self._wait(samples[0])  # the one that was to compute their prompt is gone
         if not samples:
             del self._sequences[sequence.request.request_id]
+            self.sessions.settle(sequence.request)
         if not self._sequences:
             self._waiting.forget()
 

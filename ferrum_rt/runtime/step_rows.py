@@ -118,5 +118,9 @@ def outputs_of(items: UnifiedBatch, tokens: Sequence[SampledToken], scores: Sequ
 
 def memory_of(weight_bytes: int, cache: Sequence[KvPages]) -> MemoryUsage:
     """Weights and pages."""
-    tensors = (tensor for pages in cache for tensor in (pages.data, pages.scales) if tensor is not None)
-    return MemoryUsage(weights=weight_bytes, kv_cache=sum(tensor.nbytes for tensor in tensors))
+    return MemoryUsage(weights=weight_bytes, kv_cache=sum(part.nbytes for part in parts_of(cache)))
+
+
+def parts_of(cache: Sequence[KvPages]) -> list[Tensor]:
+    """The tensors that the pages of all layers are in, by rows of a token each."""
+    return [part for pages in cache for part in (pages.data, pages.scales) if part is not None]

@@ -77,6 +77,8 @@ class FakeExecutor:
         block_size = config.kv_cache.block_size
         wanted_len = config.model.max_model_len or MAX_MODEL_LEN
         self.num_pages = config.kv_cache.num_pages or self.num_slots * -(-wanted_len // block_size)
+        self.page_bytes = 1
+        self.num_host_pages = config.memory.swap_bytes or 0
         self._memory = DigestMemory(self.num_slots, self.num_pages, block_size, answer)
         self.model_info = ModelInfo(
             id=ModelId("fake"),

@@ -6,11 +6,13 @@ from itertools import count
 from typing import Any
 
 from ferrum_rt.interfaces.errors import FerrumError
-from ferrum_rt.interfaces.kv_cache import KvCacheHandle
+from ferrum_rt.interfaces.kv_cache import KvCacheFork, KvCacheHandle
+from ferrum_rt.interfaces.model_executor import StepInput
 from ferrum_rt.interfaces.sampler import SampledToken, TokenScores
 from ferrum_rt.interfaces.scheduler import BatchHint, BatchPlan, SequenceRequest, SequenceUpdate
 from ferrum_rt.interfaces.types import ClientId, RequestId, TokenId
 from ferrum_rt.runtime.pages import PagedKvCache
+from ferrum_rt.runtime.planned import Entry
 from ferrum_rt.runtime.scheduler import UnifiedScheduler
 from ferrum_rt.runtime.sequence import Sequence, SequenceState
 from ferrum_rt.runtime.trials import Trials
@@ -172,3 +174,42 @@ class EndlessTrials(UnifiedScheduler):
 class _Unsplit(Trials):
     def split(self, requests: list[list[Sequence]]) -> None:
         super().split([[sequence for samples in requests for sequence in samples]])
+
+
+class NeverCopied(PagedKvCache):
+    """A session's last page is shared with whoever goes on from there, though a fork has it too."""
+
+    def resume(self, kept: KvCacheHandle, request_id: RequestId, num_tokens: int, room: int) -> KvCacheFork | None:
+        pages, num_shared = kept.table.pages, num_tokens // self.block_size
+        if num_tokens % self.block_size and pages[num_shared] not in self._published:
+            num_shared += 1
+        return self._share(kept, request_id, num_tokens, room, num_shared)
+
+
+class KeepsWhatFailed(UnifiedScheduler):
+    """A session has what was planned for its request, be it computed or not."""
+
+    def _finish(self, sequence: Sequence, *, ends_well: bool = False) -> None:
+        handle = sequence.handle
+        if handle is not None and sequence.request.session_id is not None:
+            handle.num_computed = min(sequence.num_planned, len(sequence.tokens))
+        super()._finish(sequence, ends_well=True)
+
+
+class HostPageFreedTwice(UnifiedScheduler):
+    """What a sequence that ends had on the host is given back once more than it was taken."""
+
+    def _finish(self, sequence: Sequence, *, ends_well: bool = False) -> None:
+        swapped = self.swapping._swapped.get(sequence)
+        super()._finish(sequence, ends_well=ends_well)
+        if swapped is not None:
+            self.swapping._free += swapped.pages
+
+
+class CopiedBeforeItArrives(UnifiedScheduler):
+    """A sample shares the pages of one that comes back from the host in the same step, in which copies come first."""
+
+    def _admit(self, sequence: Sequence, step: StepInput, entries: list[Entry]) -> bool:
+        is_admitted = super()._admit(sequence, step, entries)
+        self.swapping.arriving.clear()
+        return is_admitted

@@ -9,7 +9,7 @@ from ferrum_rt.interfaces.errors import BackendError, FerrumError
 from ferrum_rt.interfaces.model_executor import StepInput, StepOutput
 from ferrum_rt.interfaces.sampler import SamplingConfig
 from ferrum_rt.interfaces.scheduler import BatchHint, BatchPlan, SequenceRequest, SequenceUpdate
-from ferrum_rt.interfaces.types import ClientId, FinishReason, Priority, RequestId, TokenId
+from ferrum_rt.interfaces.types import ClientId, FinishReason, Priority, RequestId, SessionId, TokenId
 from ferrum_rt.runtime.pages import PagedKvCache
 from ferrum_rt.runtime.scheduler import UnifiedScheduler
 from ferrum_rt.runtime.simulation.digests import expected_tokens
@@ -29,6 +29,7 @@ class Schedule:
         num_pages: int = 256,
         block_size: int = 4,
         max_tokens: int = 64,
+        prefix_caching: bool = True,
         step_s: Callable[[StepInput], float] = lambda step: 0.01,
         fails: Callable[[StepInput], bool] = lambda step: False,
         **fields: Any,
@@ -41,7 +42,7 @@ class Schedule:
                 "kv_cache": {"block_size": block_size, "num_pages": num_pages},
             },
         )
-        self.cache = PagedKvCache(num_pages, block_size)
+        self.cache = PagedKvCache(num_pages, block_size, prefix_caching=prefix_caching)
         self.executor = FakeExecutor(engine)
         self.scheduler = UnifiedScheduler(
             self.cache, num_pages=num_pages, num_slots=num_slots, max_model_len=1024, config=engine.scheduler
@@ -66,6 +67,7 @@ class Schedule:
         priority: Priority = Priority.NORMAL,
         deadline_s: float | None = None,
         num_samples: int = 1,
+        session: str | None = None,
     ) -> RequestId:
         request = SequenceRequest(
             request_id=RequestId(name),
@@ -77,6 +79,7 @@ class Schedule:
             submitted_at=self.now,
             deadline=None if deadline_s is None else self.now + deadline_s,
             num_samples=num_samples,
+            session_id=None if session is None else SessionId(session),
         )
         self.requests[request.request_id] = request
         self.scheduler.submit(request)

@@ -13,7 +13,7 @@ import anyio
 import pytest
 import torch
 
-from ferrum_rt import FinishReason, InferenceResponse, RequestId
+from ferrum_rt import FinishReason, InferenceResponse, RequestId, SessionId
 from ferrum_rt.interfaces.model_executor import StepOutput
 from ferrum_rt.interfaces.requests import RequestFields
 from ferrum_rt.interfaces.scheduler import BatchPlan, SequenceUpdate
@@ -164,3 +164,41 @@ def test_the_host_process_is_left_alone() -> None:
     before = host_state()
     anyio.run(main)
     assert host_state() == before
+
+
+@pytest.mark.slow
+async def test_a_chat_in_a_session_computes_only_what_is_new() -> None:
+    """Three turns over pages without a prefix cache: each computes the tokens since the last one's end and no others, and
+    has the text that it has without a session. (In bfloat16 keys differ with whether a token was decoded or prefilled.)"""
+    async with open_runtime(dtype="float32", kv_cache={"prefix_caching": False}, max_model_len=512) as engine:
+        prompt = list(range(40, 70))
+        for turn in range(3):
+            given: RequestFields = {"max_tokens": 21, "temperature": 1.0, "seed": turn, "ignore_eos": True}
+            alone = await engine.infer(prompt, **given)
+            given["session_id"] = SessionId("chat")
+            said = await engine.infer(prompt, **given)
+            assert said.text == alone.text
+            assert alone.usage.cached_tokens == 0
+            assert said.usage.cached_tokens == (len(prompt) - 6 if turn else 0)  # all but its last token and the five new
+            prompt = [*prompt, *said.token_ids, *range(50, 55)]
+
+
+@pytest.mark.slow
+async def test_preempted_chats_come_back_from_the_host() -> None:
+    """Requests that do not all fit, forced to swap whenever one is preempted, have the text that each has alone; so has a
+    chat's next turn beside them."""
+    config = {"prefix_caching": False, "num_pages": 12}
+    prompts = [list(range(40 + index, 60 + index)) for index in range(4)]
+    given: RequestFields = {"max_tokens": 100, "temperature": 1.0, "seed": 7, "ignore_eos": True}
+    async with open_runtime(
+        dtype="float32", kv_cache=config, memory={"swap_bytes": 2**24}, max_model_len=160, scheduler={"itl_target_s": 10}
+    ) as engine:
+        alone = [(await engine.infer(prompt, **given)).text for prompt in prompts]
+        swapping = engine._scheduler.swapping
+        swapping.bytes_per_s = float("inf")
+        given["session_id"] = SessionId("chat")
+        found = await engine.infer_batch(prompts, **given)
+        assert [item.text for item in found if isinstance(item, InferenceResponse)] == alone
+        assert swapping.num_out > 0
+        assert swapping.num_in == swapping.num_out
+        swapping.verify()

@@ -66,6 +66,7 @@ class DigestMemory:
     def __init__(self, num_slots: int, num_pages: int, block_size: int, answer: Answer = printable) -> None:
         self._num_slots, self._block_size, self._answer = num_slots, block_size, answer
         self._digests: list[int | None] = [None] * (num_pages * block_size)
+        self._host: dict[int, list[int | None]] = {}  # what was swapped there, by host page
         self._slots: dict[int, _Slot] = {}
 
     def owner(self, slot: int) -> RequestId:
@@ -98,9 +99,15 @@ class DigestMemory:
             if appended.index != len(pages):
                 raise WrongStep(f"page {appended.index} of slot {appended.slot} follows {len(pages)} pages")
             pages.append(appended.page)
+        for swapped in step.swapped_out:
+            self._host[swapped.host_page] = digests[swapped.page * size : (swapped.page + 1) * size]
         for copied in step.copied:
             source = slice(copied.source * size, (copied.source + 1) * size)
             digests[copied.target * size : (copied.target + 1) * size] = digests[source]
+        for swapped in step.swapped_in:
+            if swapped.host_page not in self._host:
+                raise WrongStep(f"host page {swapped.host_page} comes back, and nothing was ever swapped there")
+            digests[swapped.page * size : (swapped.page + 1) * size] = self._host[swapped.host_page]
 
     def _begin(self, item: PrefillInput) -> None:
         slot = self._slots[item.slot]

@@ -19,7 +19,7 @@ from ferrum_rt.interfaces.errors import BackendError, EngineFailed, FerrumError
 from ferrum_rt.interfaces.model_executor import StepInput, StepOutput
 from ferrum_rt.interfaces.sampler import SamplingConfig
 from ferrum_rt.interfaces.scheduler import BatchPlan, SequenceRequest, SequenceUpdate
-from ferrum_rt.interfaces.types import ClientId, Priority, RequestId, TokenId
+from ferrum_rt.interfaces.types import ClientId, Priority, RequestId, SessionId, TokenId
 from ferrum_rt.runtime.pages import PagedKvCache
 from ferrum_rt.runtime.scheduler import UnifiedScheduler
 from ferrum_rt.runtime.simulation.checks import Checker
@@ -35,13 +35,14 @@ MAX_OUTPUTS = 16
 MAX_BARREN_STEPS = 400  # a prompt takes 40 at most, and half a dozen of them may be computed to find which one fails
 COSTS = CostModel()
 CLIENTS = tuple(ClientId(name) for name in ("ada", "bob", "cyd"))
+SESSIONS = tuple(SessionId(name) for name in ("red", "green"))
 DAY_S = 86_400.0
 PROMISES = Promises(isolates=True, drops_early=True, max_lead=math.inf, max_barren_steps=MAX_BARREN_STEPS)
 """Of the scheduler as it is; the lead that a client may have is each engine's own."""
 
 
 class Fault(enum.Enum):
-    """What can go wrong. A request that is *guilty* makes every step fail that it has a part in."""
+    """What can go wrong, or get in the way. A request that is *guilty* makes every step fail that it has a part in."""
 
     CANCEL = enum.auto()
     CANCEL_SAMPLE = enum.auto()
@@ -53,12 +54,26 @@ class Fault(enum.Enum):
     STALL = enum.auto()
     DEADLINE = enum.auto()
     CLOCK_JUMP = enum.auto()
+    SESSION = enum.auto()
+    END_SESSION = enum.auto()
+    FORK_SESSION = enum.auto()
 
 
 # Done by callers, at any moment when the loop awaits; the other faults happen to a step or are a request's own.
-_ACTIONS = (Fault.CANCEL, Fault.CANCEL_SAMPLE, Fault.CANCEL_ENDED, Fault.PARK, Fault.NAN, Fault.GUILTY, Fault.CLOCK_JUMP)
+_ACTIONS = (
+    Fault.CANCEL,
+    Fault.CANCEL_SAMPLE,
+    Fault.CANCEL_ENDED,
+    Fault.PARK,
+    Fault.NAN,
+    Fault.GUILTY,
+    Fault.CLOCK_JUMP,
+    Fault.END_SESSION,
+    Fault.FORK_SESSION,
+)
 # How likely each fault may be: none of that kind, or once in so many chances.
 _RATES = (0.0, 0.0, 0.01, 0.04, 0.15)
+_FREQUENCIES = {Fault.CLOCK_JUMP: 0.1, Fault.SESSION: 20, Fault.FORK_SESSION: 5}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +87,8 @@ class Scenario:
     max_model_len: int
     max_batched_tokens: int
     prefix_caching: bool
+    num_host_pages: int
+    page_bytes: int
     num_requests: int
     activity: float
     rates: dict[Fault, float]
@@ -80,28 +97,35 @@ class Scenario:
     @property
     def max_lead(self) -> float:
         """Weighted tokens by which one client may be ahead of another that waits too: a prompt, and what those that run then
-        put out, with the tokens that were under way and not counted yet."""
+        put out, with the tokens that were under way and not counted yet. Any, where a client's share of the pages may be
+        what it waits for."""
+        if any(policy.max_page_share < 1 for policy in self.policies.clients.values()):
+            return math.inf
         return INPUT_WEIGHT * self.max_model_len + OUTPUT_WEIGHT * self.num_slots * (MAX_OUTPUTS + 1)
 
     @classmethod
     def draw(cls, rng: Random) -> "Scenario":
-        num_slots, block_size, max_len = rng.randint(1, 5), rng.choice((1, 2, 4)), rng.randint(8, 40)
+        num_slots, block_size, max_len = rng.randint(1, 5), rng.choice((1, 2, 4, 8)), rng.randint(8, 40)
         least = -(-max_len // block_size)
         return cls(
             num_slots=num_slots,
-            num_pages=least + rng.randint(0, least),
+            num_pages=least + rng.randint(0, least * rng.choice((1, 1, 4))),
             block_size=block_size,
             max_model_len=max_len,
             max_batched_tokens=num_slots + rng.choice((0, 3, 8, 20)),
             prefix_caching=rng.random() < 0.9,
+            num_host_pages=rng.choice((0, least // 2, 2 * least, 4 * least)),
+            page_bytes=rng.choice((1, 10**7)),
             num_requests=rng.randint(10, 60),
             activity=rng.choice((0.1, 0.3, 0.5)),
-            rates={fault: rng.choice(_RATES) / (10 if fault is Fault.CLOCK_JUMP else 1) for fault in Fault},
+            rates={fault: rng.choice(_RATES) * _FREQUENCIES.get(fault, 1) for fault in Fault},
             policies=SchedulerConfig(
                 ageing_steps=rng.choice((5, 50)),
                 itl_target_s=COSTS.base_s * rng.choice((1.01, 2, 100)),
                 min_prefill_tokens=rng.randint(1, 4),
-                clients={"ada": ClientPolicy(weight=rng.choice((1.0, 3.0)))},
+                clients={"ada": ClientPolicy(weight=rng.choice((1.0, 3.0)), max_page_share=rng.choice((1.0, 0.6)))},
+                session_ttl_s=COSTS.base_s * rng.choice((5, 100, 1e6)),
+                max_sessions=rng.choice((1, 3, 8)),
             ),
         )
 
@@ -149,6 +173,8 @@ def _live(
         num_slots=scenario.num_slots,
         max_model_len=scenario.max_model_len,
         config=scenario.policies,
+        num_host_pages=scenario.num_host_pages,
+        page_bytes=scenario.page_bytes,
     )
     if promises.max_lead is not None:
         promises = msgspec.structs.replace(promises, max_lead=scenario.max_lead)
@@ -193,6 +219,8 @@ class RandomWorld:
         self._parked: set[RequestId] = set()
         self._nan: set[RequestId] = set()
         self._guilty: set[RequestId] = set()
+        # What both sides said in a session, after each of its last turns.
+        self._said: dict[tuple[ClientId, SessionId], list[list[TokenId]]] = {}
         self._weights = list(accumulate([0.3, *(scenario.rates[fault] for fault in _ACTIONS)]))
 
     def run(self) -> None:
@@ -201,6 +229,9 @@ class RandomWorld:
         try:
             while self.engine.turn():
                 checker.check(self.engine.num_steps)
+                self._scheduler.swapping.verify()
+                if len(self._scheduler.sessions) > self._scenario.policies.max_sessions:
+                    raise Violation(Invariant.BOUNDED_MEMORY, f"{len(self._scheduler.sessions)} sessions are kept")
                 for counters in self._scheduler.backlogs():
                     checker.policies.check_fair(counters)
                 turns += 1
@@ -264,13 +295,15 @@ class RandomWorld:
             self._log.add("the clock jumps to", self.engine.now)
         elif fault is Fault.CANCEL_ENDED:
             self._cancel(RequestId(f"r{rng.randint(0, self._num_submitted)}"), None)
+        elif fault in (Fault.END_SESSION, Fault.FORK_SESSION):
+            self._change_session(fault)
         elif live := checker.live:
             request_id = rng.choice(live)
             match fault:
                 case Fault.CANCEL:
                     self._cancel(request_id, None)
-                case Fault.CANCEL_SAMPLE if samples := checker.speaking(request_id):  # as a stop string does
-                    self._cancel(request_id, rng.choice(samples))
+                case Fault.CANCEL_SAMPLE if samples := checker.speaking(request_id):
+                    self._cancel(request_id, rng.choice(samples), ends_well=rng.random() < 0.5)
                 case Fault.PARK:
                     self._park_or_unpark(request_id)
                 case Fault.NAN:
@@ -282,20 +315,22 @@ class RandomWorld:
         scenario, rng = self._scenario, self._rng
         if self._num_submitted == scenario.num_requests:
             return
-        length = rng.randint(1, scenario.max_model_len - 1)
-        shared = rng.randint(0, length)
+        client_id = rng.choice(CLIENTS)
+        session_id = rng.choice(SESSIONS) if rng.random() < scenario.rates[Fault.SESSION] else None
+        token_ids = self._prompt(client_id, session_id)
         has_deadline = rng.random() < scenario.rates[Fault.DEADLINE]
         request = SequenceRequest(
             request_id=RequestId(f"r{self._num_submitted}"),
-            token_ids=self._text[:shared] + [TokenId(rng.randint(1, 9)) for _ in range(length - shared)],
-            max_tokens=rng.randint(1, min(MAX_OUTPUTS, scenario.max_model_len - length)),
+            token_ids=token_ids,
+            max_tokens=rng.randint(1, min(MAX_OUTPUTS, scenario.max_model_len - len(token_ids))),
             sampling=_SAMPLING,
             eos_token_ids=_ENDS,
             priority=rng.choice(_PRIORITIES),
             deadline=self.engine.now + rng.uniform(0, 50) * COSTS.base_s if has_deadline else None,
             salt=rng.choice(_SALTS),
             num_samples=rng.choice((1, 1, 1, 2, 3)),
-            client_id=rng.choice(CLIENTS),
+            client_id=client_id,
+            session_id=session_id,
         )
         self._num_submitted += 1
         try:
@@ -304,17 +339,50 @@ class RandomWorld:
             self._log.add("refused", request, type(error).__name__)
             return
         self._log.add("submit", request)
-        self._checker.submitted(
-            request,
-            [
-                expected_tokens(request.token_ids, request.max_tokens, _answer, sample, EOS)
-                for sample in range(request.num_samples)
-            ],
-        )
+        expected = [
+            expected_tokens(request.token_ids, request.max_tokens, _answer, sample, EOS)
+            for sample in range(request.num_samples)
+        ]
+        self._checker.submitted(request, expected)
+        if session_id is not None:
+            turns = self._said.setdefault((client_id, session_id), [])
+            turns[:] = [*turns[-2:], token_ids + expected[0]]
 
-    def _cancel(self, request_id: RequestId, index: int | None) -> None:
-        self._log.add("cancel", request_id, index)
-        self._checker.cancelled(request_id, index, self._scheduler.cancel(request_id, index))
+    def _prompt(self, client_id: ClientId, session_id: SessionId | None) -> list[TokenId]:
+        """The text that many begin with, or what was said in the session, now or a turn or two ago: often all of it, else up
+        to where it parts from there; and something new."""
+        rng, max_len = self._rng, self._scenario.max_model_len
+        turns = self._said.get((client_id, session_id), []) if session_id is not None else []
+        known = rng.choice([*turns, *turns[-1:]]) if turns else self._text
+        if not turns or len(known) >= max_len - 1:
+            length = rng.randint(1, max_len - 1)
+            known = self._text[: rng.randint(0, length)]
+        else:
+            known = known if rng.random() < 0.7 else known[: rng.randint(0, len(known))]
+            length = rng.randint(len(known) + 1, min(len(known) + 6, max_len - 1))
+        return known + [TokenId(rng.randint(1, 9)) for _ in range(length - len(known))]
+
+    def _change_session(self, fault: Fault) -> None:
+        client_id, one = self._rng.choice(list(self._said) or [(CLIENTS[0], SESSIONS[0])])
+        other = self._rng.choice([name for name in SESSIONS if name != one])
+        self._log.add(fault.name, client_id, one, other)
+        if fault is Fault.END_SESSION:
+            self._scheduler.sessions.end(client_id, one)
+            return
+        try:
+            self._scheduler.sessions.fork(client_id, one, other)
+        except FerrumError as error:
+            self._log.add("refused", type(error).__name__)
+        else:
+            self._said[client_id, other] = list(self._said[client_id, one])
+
+    def _cancel(self, request_id: RequestId, index: int | None, *, ends_well: bool = False) -> None:
+        self._log.add("end, as by a stop string" if ends_well else "cancel", request_id, index)
+        if ends_well and index is not None:
+            was_here = self._scheduler.end_well(request_id, index)
+        else:
+            was_here = self._scheduler.cancel(request_id, index)
+        self._checker.cancelled(request_id, index, was_here)
         self._parked.intersection_update(self._checker.live)
 
     def _park_or_unpark(self, request_id: RequestId) -> None:

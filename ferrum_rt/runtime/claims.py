@@ -1,0 +1,54 @@
+"""The pages that a sequence starts with: whose they are shared with, and what is in them already."""
+
+from collections.abc import Container
+from collections.abc import Sequence as Items
+
+from ferrum_rt.interfaces.kv_cache import AllocationRequest, KvCacheHandle
+from ferrum_rt.interfaces.model_executor import PageCopy, StepInput
+from ferrum_rt.runtime.pages import PagedKvCache
+from ferrum_rt.runtime.sequence import Sequence
+from ferrum_rt.runtime.sessions import Sessions
+from ferrum_rt.runtime.swapping import Swapping
+
+
+def claim_pages(
+    cache: PagedKvCache,
+    sessions: Sessions,
+    swapping: Swapping,
+    sequence: Sequence,
+    samples: Items[Sequence],
+    too_fresh: Container[Sequence],
+    step: StepInput,
+) -> KvCacheHandle | None:
+    """Room for all its tokens, or None if too few pages are free. It has in them what another of its request's ``samples``
+    has computed of the prompt in an earlier step than this one (``too_fresh`` has not), all but its last token, whose
+    logits are wanted; else what was swapped of it; else what its session has, or the prefix cache if that has more."""
+    request, num_prompt = sequence.request, len(sequence.request.token_ids)
+    fork = None
+    is_swapped = sequence in swapping
+    if request.num_samples > 1 and not sequence.num_outputs and not is_swapped:
+        for other in samples:
+            if other.handle is not None and other.num_planned >= num_prompt and other not in too_fresh:
+                fork = cache.fork(other.handle, num_prompt - 1, room=num_prompt)
+                if fork is None:
+                    return None
+                sequence.num_cached_tokens = other.num_cached_tokens
+                break
+    wanted = AllocationRequest(
+        request_id=request.request_id,
+        token_ids=sequence.tokens,
+        num_tokens=len(sequence.tokens),
+        salt=request.salt,
+        reuse_prefix=not sequence.wants_scores,
+    )
+    is_first = fork is None and not sequence.num_outputs and not is_swapped
+    if fork is None and not is_swapped and request.session_id is not None and not sequence.wants_scores:
+        fork = sessions.resume(request, sequence.tokens, cache.num_hits(wanted))
+    handle = cache.allocate(wanted) if fork is None else fork.handle
+    if fork is not None and fork.copy is not None:
+        step.copied.append(PageCopy(*fork.copy))
+    if handle is not None and is_first:
+        sequence.num_cached_tokens = handle.num_cached_tokens
+    if handle is not None and is_swapped:
+        swapping.swap_in(sequence, handle)
+    return handle
