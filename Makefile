@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 PROMPT ?= def
 
-.PHONY: run test check setup setup-dev clean
+.PHONY: run test prove check setup setup-dev clean
 
 run: setup
 	$(VENV)/bin/ferrum-rt run "$(PROMPT) "
 
 test: setup-dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+prove: setup-dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m proof
 
 check: setup-dev
 	$(VENV)/bin/ruff check .

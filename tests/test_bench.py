@@ -24,7 +24,7 @@ def smoke(bench: str) -> dict[str, Any]:
     return report
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_host_overhead() -> None:
     report = smoke("host_overhead")
     rows = report["us_per_step"]
@@ -37,7 +37,7 @@ def test_host_overhead() -> None:
             assert row[name]["median"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_daemon_kills() -> None:
     report = smoke("daemon_kills")
     assert report["violations"] == []
@@ -52,7 +52,7 @@ def test_daemon_kills() -> None:
             assert row[name].keys() == SPREAD
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_throughput() -> None:
     rows = smoke("throughput")["results"]
     assert [row["batch"] for row in rows] == [1, 2]
@@ -63,7 +63,7 @@ def test_throughput() -> None:
         assert row["agreement_with_generate"].keys() == {"ferrum_rt", "continuous batching"}
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_busy_host() -> None:
     report = smoke("busy_host")
     hosts = ["idle", "half busy", "spinning"]
@@ -78,7 +78,7 @@ def test_busy_host() -> None:
             assert row[name].keys() == SPREAD
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_sampling() -> None:
     report = smoke("sampling")
     sets = {"none", "temperature", "usual", "top_p alone", "min_p alone", "logprobs", "everything"}
@@ -87,7 +87,7 @@ def test_sampling() -> None:
         assert all(row.keys() == SPREAD and row["low"] > 0 for row in report[figure].values())
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_ipc() -> None:
     report = smoke("ipc")
     contenders = {"in-process", "daemon", "grpc.aio", "zmq.asyncio"}
@@ -110,7 +110,7 @@ def test_ipc() -> None:
     assert all(isinstance(met, bool) for met in report["goals_met"].values())
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_daemon_load() -> None:
     """This one also fails where something is left behind; how long anybody waited is not looked at."""
     report = smoke("daemon_load")

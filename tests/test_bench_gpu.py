@@ -20,7 +20,7 @@ from bench._gpu_parts import PARTS, read_test_log
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_smoke(tmp_path: Path) -> None:
     """Every part runs on emulations, and what it found is in the file."""
     command = [sys.executable, "-m", "bench.gpu", "--smoke", "--out", str(tmp_path)]

@@ -17,7 +17,7 @@ from ferrum_rt.cli.options import (
 from ferrum_rt.cli.output import discard_stdout, report_error
 from ferrum_rt.cli.run import run
 from ferrum_rt.cli.serve import add_serve_options, serve
-from ferrum_rt.cli.simulate_options import add_simulate_options, run_simulation
+from ferrum_rt.cli.simulate_options import add_simulate_options
 from ferrum_rt.cli.status import status
 from ferrum_rt.interfaces.errors import FerrumError
 
@@ -86,10 +86,16 @@ def _parser() -> Parser:
 
     sub = commands.add_parser("simulate", help="see what an engine would make of a workload", allow_abbrev=False)
     add_simulate_options(sub)
-    sub.set_defaults(command=run_simulation)
+    sub.set_defaults(command=_simulate)
 
     sub = commands.add_parser("doctor", help="show what is installed, and try it", allow_abbrev=False)
     add_model_option(sub)
     add_json_option(sub)
     sub.set_defaults(command=doctor)
     return parser
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    from ferrum_rt.cli.simulate import simulate
+
+    return simulate(arguments)

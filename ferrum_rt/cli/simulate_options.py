@@ -1,4 +1,4 @@
-"""The options of ``ferrum-rt simulate``. Apart from what it does, which needs the engine's parts, as a client does not."""
+"""The options of ``ferrum-rt simulate``, apart from what it does: that needs parts of the engine, as a client does not."""
 
 import argparse
 import math
@@ -76,10 +76,3 @@ def _add_workload_options(group: "argparse._ArgumentGroup") -> None:
         type=Path,
         help="these requests: a line each with arrival_s, prompt_tokens, output_tokens, client, priority, deadline_s",
     )
-
-
-def run_simulation(arguments: argparse.Namespace) -> int:
-    """Print the report. Raises UsageError, and ConfigError."""
-    from ferrum_rt.cli.simulate import simulate
-
-    return simulate(arguments)

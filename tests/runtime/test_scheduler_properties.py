@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -173,6 +174,7 @@ def naive_scores(request: SequenceRequest) -> list[TokenScores]:
     return [score(request.token_ids[: position + 1]) for position in range(1, len(request.token_ids))]
 
 
+@pytest.mark.proof
 @settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.binary(min_size=8, max_size=160))
 def test_random_schedules_equal_the_naive_model(choices: bytes) -> None:
