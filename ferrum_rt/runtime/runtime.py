@@ -331,22 +331,14 @@ class Runtime:
 
     async def end_session(self, session_id: SessionId, client_id: ClientId = DEFAULT_CLIENT) -> bool:
         """Give up what a session keeps; False if there is no such session (any more)."""
-        return self.end_session_now(session_id, client_id)
+        self._check_takes_requests()
+        return self._scheduler.sessions.end(client_id, session_id)
 
     async def fork_session(
         self, session_id: SessionId, new_session_id: SessionId, client_id: ClientId = DEFAULT_CLIENT
     ) -> None:
         """A further session that goes on from where this one stands. Raises NotFound if there is no such session (any more),
         RequestValidationError for a name that is taken."""
-        self.fork_session_now(session_id, new_session_id, client_id)
-
-    def end_session_now(self, session_id: SessionId, client_id: ClientId) -> bool:
-        """The same, for those who cannot wait."""
-        self._check_takes_requests()
-        return self._scheduler.sessions.end(client_id, session_id)
-
-    def fork_session_now(self, session_id: SessionId, new_session_id: SessionId, client_id: ClientId) -> None:
-        """The same, for those who cannot wait."""
         self._check_takes_requests()
         self._scheduler.sessions.fork(client_id, session_id, new_session_id)
         self._engine.notify()

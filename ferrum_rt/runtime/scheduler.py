@@ -343,9 +343,7 @@ class UnifiedScheduler:
         while budget > 0:
             first = self._waiting.first(without) if may_admit else None
             if begun and (first is None or self._waiting.standing(begun[-1]) < self._waiting.standing(first)):
-                sequence = begun.pop()
-                if sequence.handle is not None:  # not preempted for one that was admitted
-                    budget -= self._plan_chunk(sequence, step, entries, budget)
+                budget -= self._plan_chunk(begun.pop(), step, entries, budget)
             elif first is None:
                 return
             elif first.num_pending or self._residents.would_take_too_much(first):
@@ -449,12 +447,10 @@ class UnifiedScheduler:
         self.swapping.drop(sequence)
         if sequence.handle is None and not sequence.num_pending and not is_swapped:
             return False
+        self._residents.release(sequence)
         if sequence.state is SequenceState.RUNNING:
             self._residents.running.remove(sequence)
-            self._residents.release(sequence)
             self._wait(sequence)
-        else:
-            self._residents.release(sequence)
         sequence.num_pending = 0
         sequence.num_retries += 1
         return sequence.state is SequenceState.WAITING

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ferrum_rt.interfaces.tensor import AttentionKind, KvLayer
+from ferrum_rt.interfaces.types import DataType, Device, ModelId, ModelInfo, ModelType
 from ferrum_rt.kernels.attention import AttentionGroup, attend
 from ferrum_rt.kernels.batch import KvPages, TokenBatch
 from ferrum_rt.kernels.cuda.sampling import DrawParams
@@ -143,3 +144,18 @@ class TokenDecoder:
         logits = self._logits[: len(rows)]
         logits.zero_()
         return logits.scatter_(1, state[:, None], 100.0)
+
+
+def token_model_info(max_model_len: int) -> ModelInfo:
+    """Of a model that is a ``TokenDecoder``."""
+    return ModelInfo(
+        id=ModelId("tokens"),
+        type=ModelType.LLAMA,
+        num_parameters=0,
+        num_layers=1,
+        hidden_size=1,
+        vocab_size=VOCABULARY,
+        max_model_len=max_model_len,
+        dtype=DataType.FLOAT32,
+        device=Device.CUDA,
+    )

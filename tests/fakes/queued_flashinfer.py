@@ -14,7 +14,7 @@ from ferrum_rt.runtime.cuda_backend import CudaBackend
 from tests.fakes import flashinfer
 from tests.fakes.device import EmulatedDevice, poison
 
-_IN_PLACE = (
+IN_PLACE = (
     "rmsnorm",
     "gemma_rmsnorm",
     "fused_add_rmsnorm",
@@ -33,7 +33,7 @@ class QueuedFlashInfer:
         self._device = device
 
     def __getattr__(self, name: str) -> Any:
-        if name in _IN_PLACE:
+        if name in IN_PLACE:
             return partial(self._call, name)
         if name in ("top_k_renorm_probs", "top_p_renorm_probs"):
             return partial(self._renorm, name)

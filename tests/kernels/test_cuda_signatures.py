@@ -14,22 +14,13 @@ from ferrum_rt.kernels.batch import QuerySpan, TokenBatch, allocate_pages
 from ferrum_rt.kernels.cuda import CudaOps
 from ferrum_rt.kernels.cuda.sampling import DrawParams, draw_in_graph
 from tests.fakes import flashinfer as emulation
+from tests.fakes.queued_flashinfer import IN_PLACE
 from tests.fakes.recorder import Call, Recorder
 
 real = pytest.importorskip("flashinfer", reason="FlashInfer is not installed")
 pytestmark = pytest.mark.slow
 
-FUNCTIONS = [
-    "rmsnorm",
-    "gemma_rmsnorm",
-    "fused_add_rmsnorm",
-    "gemma_fused_add_rmsnorm",
-    "silu_and_mul",
-    "gelu_tanh_and_mul",
-    "apply_rope_with_cos_sin_cache_inplace",
-    "top_k_renorm_probs",
-    "top_p_renorm_probs",
-]
+FUNCTIONS = [*IN_PLACE, "top_k_renorm_probs", "top_p_renorm_probs"]
 METHODS = [
     f"{wrapper}.{method}"
     for wrapper in ("BatchDecodeWithPagedKVCacheWrapper", "BatchPrefillWithPagedKVCacheWrapper")

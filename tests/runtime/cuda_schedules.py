@@ -13,11 +13,11 @@ import torch
 from ferrum_rt.interfaces.model_executor import StepInput, StepOutput
 from ferrum_rt.interfaces.sampler import SamplingConfig
 from ferrum_rt.interfaces.scheduler import SequenceRequest
-from ferrum_rt.interfaces.types import DataType, Device, FinishReason, ModelId, ModelInfo, ModelType, TokenId
+from ferrum_rt.interfaces.types import FinishReason, TokenId
 from ferrum_rt.kernels.batch import KvPages
 from ferrum_rt.runtime.cuda_executor import CudaExecutor
 from ferrum_rt.runtime.sampler import BatchSampler
-from tests.fakes.cuda_model import StandInOps, TokenDecoder, draw_by_sample
+from tests.fakes.cuda_model import StandInOps, TokenDecoder, draw_by_sample, token_model_info
 from tests.fakes.device import POISON, EmulatedDevice
 from tests.fakes.memory import VOCABULARY, next_token
 from tests.runtime.test_scheduler_properties import BLOCK_SIZE, BUDGET, EOS, MAX_LEN, NUM_PAGES, NUM_SLOTS, Schedule
@@ -33,17 +33,7 @@ class Machine:
         self.ops = StandInOps(self.device, BLOCK_SIZE)
         self.pages = KvPages(torch.full(((NUM_PAGES + 1) * BLOCK_SIZE, 1), POISON))
         self.executor = CudaExecutor(
-            ModelInfo(
-                id=ModelId("tokens"),
-                type=ModelType.LLAMA,
-                num_parameters=0,
-                num_layers=1,
-                hidden_size=1,
-                vocab_size=VOCABULARY,
-                max_model_len=MAX_LEN,
-                dtype=DataType.FLOAT32,
-                device=Device.CUDA,
-            ),
+            token_model_info(MAX_LEN),
             TokenDecoder(self.device, MAX_LEN, NUM_SLOTS, BLOCK_SIZE),
             self.ops,
             BatchSampler(NUM_SLOTS, VOCABULARY, MAX_LEN),

@@ -20,11 +20,11 @@ from ferrum_rt.interfaces.model_executor import (
     UnifiedBatch,
 )
 from ferrum_rt.interfaces.sampler import SamplingConfig, SequenceHistory
-from ferrum_rt.interfaces.types import DataType, Device, ModelId, ModelInfo, ModelType, RequestId, TokenId
+from ferrum_rt.interfaces.types import RequestId, TokenId
 from ferrum_rt.kernels.batch import KvPages
 from ferrum_rt.runtime.cuda_executor import CudaExecutor, graph_sizes
 from ferrum_rt.runtime.sampler import BatchSampler
-from tests.fakes.cuda_model import StandInOps, TokenDecoder, draw_by_sample
+from tests.fakes.cuda_model import StandInOps, TokenDecoder, draw_by_sample, token_model_info
 from tests.fakes.device import POISON, EmulatedDevice
 from tests.fakes.memory import VOCABULARY, next_token
 
@@ -41,7 +41,7 @@ class Rig:
         self.pages = KvPages(torch.full(((NUM_PAGES + 1) * BLOCK_SIZE, 1), POISON))
         self.sampler = BatchSampler(NUM_SLOTS, VOCABULARY, MAX_LEN)
         self.executor = CudaExecutor(
-            model_info(),
+            token_model_info(MAX_LEN),
             self.decoder,
             self.ops,
             self.sampler,
@@ -87,20 +87,6 @@ def rig(*, is_lazy: bool = False, has_graphs: bool = True) -> Iterator[Rig]:
         made.device.advance()
         made.executor.close()
         made.device.close()
-
-
-def model_info() -> ModelInfo:
-    return ModelInfo(
-        id=ModelId("tokens"),
-        type=ModelType.LLAMA,
-        num_parameters=0,
-        num_layers=1,
-        hidden_size=1,
-        vocab_size=VOCABULARY,
-        max_model_len=MAX_LEN,
-        dtype=DataType.FLOAT32,
-        device=Device.CUDA,
-    )
 
 
 def decodes(positions: dict[int, int], **changes: list[PageAppend]) -> StepInput:

@@ -102,16 +102,9 @@ class EagerAttention:
                 pages.indptr,
                 pages.indices,
                 pages.last_page_len,
-                kind.num_heads,
-                kind.num_kv_heads,
-                kind.head_dim,
-                setup.block_size,
+                *_sizes(kind, setup),
                 causal=True,
-                sm_scale=kind.scale,
-                window_left=_window_left(kind),
-                logits_soft_cap=kind.soft_cap,
-                q_data_type=setup.dtype,
-                kv_data_type=setup.kv_dtype,
+                **_options(kind, setup),
                 seq_lens=pages.num_tokens,  # pinned; what plan would make of the others is not
             )
         if device.type == "cuda":
@@ -179,15 +172,8 @@ class DecodeAttention:
                 pages.indptr,
                 pages.indices,
                 pages.last_page_len,
-                kind.num_heads,
-                kind.num_kv_heads,
-                kind.head_dim,
-                setup.block_size,
-                sm_scale=kind.scale,
-                window_left=_window_left(kind),
-                logits_soft_cap=kind.soft_cap,
-                q_data_type=setup.dtype,
-                kv_data_type=setup.kv_dtype,
+                *_sizes(kind, setup),
+                **_options(kind, setup),
             )
 
 
@@ -209,6 +195,17 @@ def _uses_tensor_cores(kind: AttentionKind) -> bool:
     return kind.num_heads // kind.num_kv_heads >= _TENSOR_CORES_FROM
 
 
-def _window_left(kind: AttentionKind) -> int:
-    """FlashInfer counts the tokens before the query's own; -1 is no window."""
-    return -1 if kind.window is None else kind.window - 1
+def _sizes(kind: AttentionKind, setup: AttentionSetup) -> tuple[int, int, int, int]:
+    """What every plan takes behind its pages."""
+    return (kind.num_heads, kind.num_kv_heads, kind.head_dim, setup.block_size)
+
+
+def _options(kind: AttentionKind, setup: AttentionSetup) -> dict[str, Any]:
+    """What every plan takes by name. FlashInfer counts a window's tokens before the query's own; -1 is none."""
+    return {
+        "sm_scale": kind.scale,
+        "window_left": -1 if kind.window is None else kind.window - 1,
+        "logits_soft_cap": kind.soft_cap,
+        "q_data_type": setup.dtype,
+        "kv_data_type": setup.kv_dtype,
+    }
