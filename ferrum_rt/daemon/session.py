@@ -28,8 +28,8 @@ from ferrum_rt.interfaces.errors import (
     ResourceExhausted,
     Unsupported,
 )
-from ferrum_rt.interfaces.requests import build_request, is_token_ids
-from ferrum_rt.interfaces.types import ClientId, InferenceRequest, StreamChunk
+from ferrum_rt.interfaces.requests import build_request, check_sessions, is_token_ids
+from ferrum_rt.interfaces.types import ClientId, InferenceRequest, SessionId, StreamChunk
 from ferrum_rt.ipc.convert import chunk_to_wire, from_wire, num_packed
 from ferrum_rt.ipc.framing import MAX_FRAME_BYTES, client_decoder, encode
 from ferrum_rt.ipc.messages import (
@@ -40,13 +40,16 @@ from ferrum_rt.ipc.messages import (
     Chunks,
     ClientMessage,
     Credit,
+    EndSession,
     Failed,
     Finished,
+    ForkSession,
     GoingAway,
     Goodbye,
     Hello,
     Limits,
     Query,
+    Refused,
     Report,
     Submit,
     Welcome,
@@ -355,7 +358,7 @@ class Session(asyncio.Protocol):
             case Cancel():
                 if (sink := self._sinks.get(message.request_id)) is not None:
                     sink.cancel(Cancelled("cancelled by the client"))
-            case Query():
+            case Query() | EndSession() | ForkSession():
                 self._answer(message)
             case Goodbye():
                 self._leave("the client has said goodbye")
@@ -387,8 +390,7 @@ class Session(asyncio.Protocol):
         self._num_started += 1
         fields["id"] = f"{self.number}/{self._num_started}"
         request = build_request(prompt, fields)
-        # Whatever a client calls itself, the prefixes that it shares are its user's alone.
-        request = msgspec.structs.replace(request, client_id=ClientId(f"uid {self.user.uid}/{request.client_id}"))
+        request = msgspec.structs.replace(request, client_id=self._client_id(request.client_id))
         cost = self._cost(request)
         sink = _WireSink(self, message.request_id, min(message.credit, MAX_CREDIT), cost)
         self.user.take(cost, self.limits)
@@ -402,6 +404,10 @@ class Session(asyncio.Protocol):
             if token is not None:
                 context.detach(token)
         return sink
+
+    def _client_id(self, name: str) -> ClientId:
+        """Whatever a client calls itself, its sessions and the prefixes that it shares are its user's alone."""
+        return ClientId(f"uid {self.user.uid}/{name}")
 
     def _check_sizes(self, wire: WireRequest) -> None:
         """Before the request is put together, which takes the event loop longer than to see that it is too much."""
@@ -432,16 +438,33 @@ class Session(asyncio.Protocol):
             if not sink.is_full:
                 self.engine.resume(sink.generation)
 
-    def _answer(self, query: Query) -> None:
-        content: msgspec.Struct
+    def _answer(self, message: Query | EndSession | ForkSession) -> None:
+        query_id = message.query_id
+        try:
+            content = self._report(message) if isinstance(message, Query) else self._change_sessions(message)
+        except FerrumError as error:
+            self.outbox.send(Refused(query_id=query_id, code=error.code, message=str(error)[:_MAX_FAILURE_LENGTH]))
+        else:
+            self.outbox.send(Report(query_id=query_id, content=msgspec.json.encode(content).decode()))
+
+    def _report(self, query: Query) -> msgspec.Struct:
         match query.kind:
             case "metrics":
-                content = self.engine.metrics()
+                return self.engine.metrics()
             case "status":
-                content = self.engine.status_now()
+                return self.engine.status_now()
             case "health":
-                content = self.engine.health_now()
-        self.outbox.send(Report(query_id=query.query_id, content=msgspec.json.encode(content).decode()))
+                return self.engine.health_now()
+
+    def _change_sessions(self, message: EndSession | ForkSession) -> bool | None:
+        session_id, client_id = SessionId(message.session_id), self._client_id(message.client_id)
+        if isinstance(message, EndSession):
+            check_sessions(message.client_id, session_id=session_id)
+            return self.engine.end_session_now(session_id, client_id)
+        new_session_id = SessionId(message.new_session_id)
+        check_sessions(message.client_id, session_id=session_id, new_session_id=new_session_id)
+        self.engine.fork_session_now(session_id, new_session_id, client_id)
+        return None
 
     # -- messages out -------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,8 @@ SessionId = NewType("SessionId", str)
 TaskId = NewType("TaskId", str)
 ModelId = NewType("ModelId", str)
 
+DEFAULT_CLIENT = ClientId("default")
+
 
 class DataType(enum.StrEnum):
     """Element type of weights and activations."""
@@ -206,7 +208,7 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     model_id: ModelId | None = None
     sampling_params: SamplingParams = SamplingParams()
     priority: Priority = Priority.NORMAL
-    client_id: ClientId = ClientId("default")
+    client_id: ClientId = DEFAULT_CLIENT
     session_id: SessionId | None = None
     deadline_s: float | None = None
     metadata: dict[str, str] = {}

@@ -27,10 +27,11 @@ from ferrum_rt.interfaces.errors import (
     first_of,
 )
 from ferrum_rt.interfaces.grammar import Grammar
-from ferrum_rt.interfaces.requests import RequestFields, build_request, check_vocabulary, due_within
+from ferrum_rt.interfaces.requests import RequestFields, build_request, check_sessions, check_vocabulary, due_within
 from ferrum_rt.interfaces.responses import assemble
 from ferrum_rt.interfaces.scheduler import SavedState, SequenceUpdate
 from ferrum_rt.interfaces.types import (
+    DEFAULT_CLIENT,
     ClientId,
     ComponentHealth,
     ComponentStatus,
@@ -65,7 +66,6 @@ from ferrum_rt.runtime.worker import Worker
 # Requests tokenized in one call, and updates turned into text before the loop is yielded to others.
 _TOKENIZE_AT_ONCE = 64
 _DETOKENIZE_AT_ONCE = 256
-DEFAULT_CLIENT = ClientId("default")
 
 
 def open_runtime(
@@ -331,6 +331,11 @@ class Runtime:
 
     async def end_session(self, session_id: SessionId, client_id: ClientId = DEFAULT_CLIENT) -> bool:
         """Give up what a session keeps; False if there is no such session (any more)."""
+        check_sessions(client_id, session_id=session_id)
+        return self.end_session_now(session_id, client_id)
+
+    def end_session_now(self, session_id: SessionId, client_id: ClientId) -> bool:
+        """The same, for those who cannot wait and have checked the names."""
         self._check_takes_requests()
         return self._scheduler.sessions.end(client_id, session_id)
 
@@ -339,6 +344,11 @@ class Runtime:
     ) -> None:
         """A further session that goes on from where this one stands. Raises NotFound if there is no such session (any more),
         RequestValidationError for a name that is taken."""
+        check_sessions(client_id, session_id=session_id, new_session_id=new_session_id)
+        self.fork_session_now(session_id, new_session_id, client_id)
+
+    def fork_session_now(self, session_id: SessionId, new_session_id: SessionId, client_id: ClientId) -> None:
+        """The same, for those who cannot wait and have checked the names."""
         self._check_takes_requests()
         self._scheduler.sessions.fork(client_id, session_id, new_session_id)
         self._engine.notify()

@@ -10,9 +10,8 @@ from typing import Literal
 import msgspec
 
 from ferrum_rt.interfaces.errors import ConfigError
-from ferrum_rt.interfaces.types import ClientId, Priority
+from ferrum_rt.interfaces.types import DEFAULT_CLIENT, ClientId, Priority
 
-DEFAULT_CLIENT = ClientId("default")
 # A distribution's name → how many numbers it takes.
 _SIZES = {"fixed": 1, "uniform": 2, "normal": 2, "lognormal": 2}
 
