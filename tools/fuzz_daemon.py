@@ -115,7 +115,7 @@ class Walk:
             self.line.say(encode(right_submit(rng, self._ids[-1])), is_right=True)
         else:
             one = rng.choice(self._ids)
-            quiet = Query(query_id=len(self._ids), kind=rng.choice(("status", "metrics")))
+            quiet = Query(query_id=len(self._ids), kind=rng.choice(("status", "metrics", "arrivals")))
             change = session_message(rng, len(self._ids))
             self.line.say(encode(rng.choice((Cancel(request_id=one), Credit(request_id=one, chunks=5), quiet, change))))
 

@@ -17,6 +17,7 @@ import msgspec
 from opentelemetry import context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from ferrum_rt.daemon.answers import MAX_FAILURE_LENGTH, answer
 from ferrum_rt.daemon.config import DaemonLimits
 from ferrum_rt.daemon.outbox import Outbox
 from ferrum_rt.daemon.users import Cost, User
@@ -28,8 +29,8 @@ from ferrum_rt.interfaces.errors import (
     ResourceExhausted,
     Unsupported,
 )
-from ferrum_rt.interfaces.requests import build_request, check_sessions, is_token_ids
-from ferrum_rt.interfaces.types import ClientId, InferenceRequest, SessionId, StreamChunk
+from ferrum_rt.interfaces.requests import build_request, is_token_ids
+from ferrum_rt.interfaces.types import InferenceRequest, StreamChunk
 from ferrum_rt.ipc.convert import chunk_to_wire, from_wire, num_packed
 from ferrum_rt.ipc.framing import MAX_FRAME_BYTES, client_decoder, encode
 from ferrum_rt.ipc.messages import (
@@ -49,8 +50,6 @@ from ferrum_rt.ipc.messages import (
     Hello,
     Limits,
     Query,
-    Refused,
-    Report,
     Submit,
     Welcome,
     WireChunk,
@@ -66,8 +65,6 @@ _ACCEPT_WITHIN_S = 0.005
 # Messages of one connection that are handled before the others have their turn, unless they come to so many bytes before.
 _HANDLE_AT_ONCE = 16
 _HANDLE_BYTES = 16 * 1024
-# An error may quote what a client sent, or what a chat template made of it.
-_MAX_FAILURE_LENGTH = 2000
 
 _log = logging.getLogger(__name__)
 _numbers = itertools.count(1)
@@ -145,7 +142,7 @@ def _check_fits(chunk: WireChunk) -> None:
 def failure(error: FerrumError, request_id: str = "") -> Failed:
     """The message for an error."""
     retry_after = error.retry_after if isinstance(error, ResourceExhausted) else None
-    message = str(error)[:_MAX_FAILURE_LENGTH]
+    message = str(error)[:MAX_FAILURE_LENGTH]
     return Failed(request_id=request_id, code=error.code, message=message, retry_after=retry_after)
 
 
@@ -359,7 +356,7 @@ class Session(asyncio.Protocol):
                 if (sink := self._sinks.get(message.request_id)) is not None:
                     sink.cancel(Cancelled("cancelled by the client"))
             case Query() | EndSession() | ForkSession():
-                self._answer(message)
+                self.outbox.send(answer(self.engine, self.user, message))
             case Goodbye():
                 self._leave("the client has said goodbye")
 
@@ -390,7 +387,7 @@ class Session(asyncio.Protocol):
         self._num_started += 1
         fields["id"] = f"{self.number}/{self._num_started}"
         request = build_request(prompt, fields)
-        request = msgspec.structs.replace(request, client_id=self._client_id(request.client_id))
+        request = msgspec.structs.replace(request, client_id=self.user.client_id(request.client_id))
         cost = self._cost(request)
         sink = _WireSink(self, message.request_id, min(message.credit, MAX_CREDIT), cost)
         self.user.take(cost, self.limits)
@@ -404,10 +401,6 @@ class Session(asyncio.Protocol):
             if token is not None:
                 context.detach(token)
         return sink
-
-    def _client_id(self, name: str) -> ClientId:
-        """Whatever a client calls itself, its sessions and the prefixes that it shares are its user's alone."""
-        return ClientId(f"uid {self.user.uid}/{name}")
 
     def _check_sizes(self, wire: WireRequest) -> None:
         """Before the request is put together, which takes the event loop longer than to see that it is too much."""
@@ -437,34 +430,6 @@ class Session(asyncio.Protocol):
             sink.credit = min(sink.credit + message.chunks, MAX_CREDIT)
             if not sink.is_full:
                 self.engine.resume(sink.generation)
-
-    def _answer(self, message: Query | EndSession | ForkSession) -> None:
-        query_id = message.query_id
-        try:
-            content = self._report(message) if isinstance(message, Query) else self._change_sessions(message)
-        except FerrumError as error:
-            self.outbox.send(Refused(query_id=query_id, code=error.code, message=str(error)[:_MAX_FAILURE_LENGTH]))
-        else:
-            self.outbox.send(Report(query_id=query_id, content=msgspec.json.encode(content).decode()))
-
-    def _report(self, query: Query) -> msgspec.Struct:
-        match query.kind:
-            case "metrics":
-                return self.engine.metrics()
-            case "status":
-                return self.engine.status_now()
-            case "health":
-                return self.engine.health_now()
-
-    def _change_sessions(self, message: EndSession | ForkSession) -> bool | None:
-        session_id, client_id = SessionId(message.session_id), self._client_id(message.client_id)
-        if isinstance(message, EndSession):
-            check_sessions(message.client_id, session_id=session_id)
-            return self.engine.end_session_now(session_id, client_id)
-        new_session_id = SessionId(message.new_session_id)
-        check_sessions(message.client_id, session_id=session_id, new_session_id=new_session_id)
-        self.engine.fork_session_now(session_id, new_session_id, client_id)
-        return None
 
     # -- messages out -------------------------------------------------------------------------------------------------
 

@@ -218,6 +218,18 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     logits_processors: list[Any] = []
 
 
+class Arrival(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A request from without: when it comes, in seconds from the first, and how large it is. Its ``deadline_s`` counts from
+    then; ``output_tokens`` are those of all its samples. A trace is one of these a line, as JSON."""
+
+    arrival_s: float
+    prompt_tokens: int
+    output_tokens: int
+    client: ClientId = DEFAULT_CLIENT
+    priority: Priority = Priority.NORMAL
+    deadline_s: float | None = None
+
+
 class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Token counts of one request. ``cached_tokens`` of the prompt came from the prefix cache."""
 

@@ -29,6 +29,7 @@ from ferrum_rt.interfaces.requests import RequestFields, build_request, check_se
 from ferrum_rt.interfaces.responses import assemble
 from ferrum_rt.interfaces.types import (
     DEFAULT_CLIENT,
+    Arrival,
     ClientId,
     EngineMetrics,
     EngineStatus,
@@ -267,6 +268,11 @@ class Client:
     async def health_check(self) -> HealthStatus:
         """Whether each component of the daemon's engine can do its work."""
         return msgspec.json.decode(await self._ask(Query, kind="health"), type=HealthStatus)
+
+    async def fetch_arrivals(self) -> list[Arrival]:
+        """What the daemon's engine has had of all users' requests lately, as ``Runtime.arrivals`` has it. Raises
+        PermissionDenied for all but the user who runs the daemon."""
+        return msgspec.json.decode(await self._ask(Query, kind="arrivals"), type=list[Arrival])
 
     async def _ask(self, question: Callable[..., ClientMessage], **fields: Any) -> str:
         """The content of the report that answers a message of this class. Raises what the daemon refuses it with."""

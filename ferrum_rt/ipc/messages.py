@@ -137,10 +137,10 @@ class Cancel(_Message, frozen=True, kw_only=True, tag="cancel"):
 
 
 class Query(_Message, frozen=True, kw_only=True, tag="query"):
-    """Asks for a Report, which carries the same ``query_id``."""
+    """Asks for a Report, which carries the same ``query_id``. ``arrivals`` is for the daemon's own user alone."""
 
     query_id: int
-    kind: Literal["status", "metrics", "health"]
+    kind: Literal["status", "metrics", "health", "arrivals"]
 
 
 class Goodbye(_Message, frozen=True, kw_only=True, tag="goodbye"):
@@ -229,7 +229,8 @@ class Failed(_Message, frozen=True, kw_only=True, tag="failed"):
 
 
 class Report(_Message, frozen=True, kw_only=True, tag="report"):
-    """The answer to a Query: EngineStatus, EngineMetrics or HealthStatus as JSON; and to what is done to a session."""
+    """The answer to a Query: EngineStatus, EngineMetrics, HealthStatus or Arrivals as JSON; and to what is done to a
+    session."""
 
     query_id: int
     content: str

@@ -224,7 +224,7 @@ def odd_message(rng: Random, ids: tuple[str, ...]) -> ClientMessage:
         case 6 | 7:
             return Cancel(request_id=request_id)
         case 8:
-            return Query(query_id=rng.choice(_ODD_NUMBERS), kind=rng.choice(("status", "metrics", "health")))
+            return Query(query_id=rng.choice(_ODD_NUMBERS), kind=rng.choice(("status", "metrics", "health", "arrivals")))
         case 9:
             return odd_session_message(rng)
         case _:
