@@ -75,6 +75,7 @@ async def _reports(path: Path) -> None:
     async with connect(path) as client:
         await client.status()
         assert (await client.health_check()).healthy
+        await client.fetch_arrivals()
         client.metrics()
 
 

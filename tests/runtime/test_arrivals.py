@@ -91,6 +91,16 @@ async def test_what_ended_early_was_work_and_what_was_refused_was_none() -> None
     assert sizes(rest) in ([], [(6, 1)])  # the second was tokenized, or not yet
 
 
+async def test_what_was_never_tokenized_is_not_in_it() -> None:
+    """Nobody knows how large a request was that its caller left at once."""
+    async with fake_engine() as (engine, _):
+        async with engine.infer_stream("gone"):
+            pass
+        await engine.infer("x", max_tokens=2)
+        assert (await engine.status()).requests.cancelled == 1
+        assert sizes(engine.arrivals()) == [(1, 2)]
+
+
 async def test_the_latest_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Past the bound the request that ended first goes; of those that are kept fewer can be asked for, the latest."""
     monkeypatch.setattr(arrivals_module, "MAX_ARRIVALS", 3)
