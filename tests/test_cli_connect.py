@@ -140,6 +140,25 @@ def test_these_commands_load_no_torch(path: str) -> None:
     assert process.stdout.endswith(f"\n{text_after(chat_prompt('hello'), 3)}\n")
 
 
+def test_what_a_daemon_was_asked_can_be_simulated(cli: Cli, tmp_path: Path) -> None:
+    """status --arrivals writes its latest requests, to a file or with - to standard output, and simulate takes them; before
+    there are any, and where it cannot be written, that is one line."""
+    socket, trace = str(tmp_path / "s"), tmp_path / "trace.jsonl"
+    with running_daemon(tmp_path / "s"):
+        assert_one_error(cli("status", "--socket", socket, "--arrivals", str(trace)))
+        assert not trace.exists()
+        for count in ("3", "4"):
+            assert cli("run", "def", "--max-tokens", count, "--connect", socket).status == 0
+        written, printed = (cli("status", "--socket", socket, "--arrivals", place) for place in (str(trace), "-"))
+        assert_one_error(cli("status", "--socket", socket, "--arrivals", str(tmp_path)))
+
+    assert (written, printed) == (Result(0, "", ""), Result(0, trace.read_text(), ""))
+    simulated = json.loads(cli("simulate", "--trace", str(trace), "--json").out)
+    [client] = simulated["clients"]
+    assert (simulated["requests"], simulated["prompt_tokens"]) == (2, 6)
+    assert (client["client"], client["output_tokens"]) == (f"uid {os.getuid()}/default", 7)
+
+
 # -- errors ---------------------------------------------------------------------------------------------------------------
 
 

@@ -32,6 +32,7 @@ LAYERS = {
 # Inside runtime a module never reaches one of a line above its own; the scheduler and the executor never each other.
 RUNTIME_ORDER = (
     ("runtime",),
+    ("preparation", "arrivals", "reports"),
     ("generation", "resolve"),
     ("loader", "output_text"),
     ("cuda_backend",),

@@ -42,7 +42,7 @@ from ferrum_rt.ipc.framing import encode
 from ferrum_rt.ipc.messages import Cancel, Credit, Goodbye, Hello, Query, Submit, WireRequest, WireSampling
 from tests.daemon.line import Line
 from tests.fakes.daemon import daemon_process
-from tests.ipc.frames import broken_frame, large_attacks, odd_message, right_submit
+from tests.ipc.frames import broken_frame, large_attacks, odd_message, right_submit, session_message
 
 ROOT = Path(__file__).parent.parent
 HELLO = encode(Hello(version=1, client="fuzz"))
@@ -115,8 +115,9 @@ class Walk:
             self.line.say(encode(right_submit(rng, self._ids[-1])), is_right=True)
         else:
             one = rng.choice(self._ids)
-            quiet = Query(query_id=len(self._ids), kind=rng.choice(("status", "metrics")))
-            self.line.say(encode(rng.choice((Cancel(request_id=one), Credit(request_id=one, chunks=5), quiet))))
+            quiet = Query(query_id=len(self._ids), kind=rng.choice(("status", "metrics", "arrivals")))
+            change = session_message(rng, len(self._ids))
+            self.line.say(encode(rng.choice((Cancel(request_id=one), Credit(request_id=one, chunks=5), quiet, change))))
 
     def _say_hostile(self) -> None:
         before = self.line.num_frames

@@ -81,7 +81,9 @@ def _parser() -> Parser:
 
     sub = commands.add_parser("status", help="ask a daemon how it is doing", allow_abbrev=False)
     sub.add_argument("--socket", metavar="PATH", help="the daemon's socket; your own daemon's if left out")
-    add_json_option(sub)
+    form = sub.add_mutually_exclusive_group()
+    add_json_option(form)
+    form.add_argument("--arrivals", metavar="FILE", help="write its latest requests as a trace for simulate; - prints it")
     sub.set_defaults(command=status)
 
     sub = commands.add_parser("simulate", help="see what an engine would make of a workload", allow_abbrev=False)

@@ -10,10 +10,11 @@ from ferrum_rt.cli.options import UsageError
 from ferrum_rt.cli.output import table
 from ferrum_rt.cli.simulate_options import DRAWN
 from ferrum_rt.interfaces.config import EngineConfig, build_config, load_config
+from ferrum_rt.interfaces.types import Arrival
 from ferrum_rt.runtime.simulation.capacity import simulate_capacity
 from ferrum_rt.runtime.simulation.engine import CostModel
 from ferrum_rt.runtime.simulation.reports import CapacityReport, ClientReport, Level, Objectives, Percentiles
-from ferrum_rt.runtime.simulation.workload import Arrival, Arrivals, ClientShare, Sizes, Workload, read_trace
+from ferrum_rt.runtime.simulation.workload import Arrivals, ClientShare, Sizes, Workload, read_trace
 
 # An option → the part and the field of the configuration that it stands for.
 _ENGINE = {

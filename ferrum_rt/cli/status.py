@@ -1,16 +1,17 @@
-"""ferrum-rt status: how a daemon is doing."""
+"""ferrum-rt status: how a daemon is doing, and what requests it has had."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import anyio
 import msgspec
 
 import ferrum_rt
+from ferrum_rt.cli.options import UsageError
 from ferrum_rt.cli.output import one_line
-from ferrum_rt.interfaces.errors import ConnectionLost
-from ferrum_rt.interfaces.types import EngineMetrics, EngineStatus, HealthStatus, to_builtins
+from ferrum_rt.interfaces.errors import ConnectionLost, NotFound
+from ferrum_rt.interfaces.types import Arrival, EngineMetrics, EngineStatus, HealthStatus, to_builtins
 from ferrum_rt.ipc.address import socket_path
 
 LIMIT_S = 10.0
@@ -26,20 +27,41 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def status(arguments: argparse.Namespace) -> int:
-    """Print the report; 1 if the daemon is not healthy, which an engine is only while it takes requests."""
-    report = anyio.run(_ask, socket_path(arguments.socket), backend_options={"use_uvloop": True})
-    print(msgspec.json.encode(report).decode() if arguments.json else _as_text(report))
-    return 0 if report.health.healthy else 1
+    """Print the report; 1 if the daemon is not healthy, which an engine is only while it takes requests. Or write the trace
+    that was asked for."""
+    path, wants_arrivals = socket_path(arguments.socket), arguments.arrivals is not None
+    found = anyio.run(_ask, path, wants_arrivals, backend_options={"use_uvloop": True})
+    if not isinstance(found, Report):
+        _write(found, arguments.arrivals)
+        return 0
+    print(msgspec.json.encode(found).decode() if arguments.json else _as_text(found))
+    return 0 if found.health.healthy else 1
 
 
-async def _ask(path: Path) -> Report:
+async def _ask(path: Path, wants_arrivals: bool) -> Report | list[Arrival]:
     try:
         with anyio.fail_after(LIMIT_S):
             async with ferrum_rt.connect(path) as engine:
+                if wants_arrivals:
+                    return await engine.fetch_arrivals()
                 status, health = await engine.status(), await engine.health_check()
                 return Report(status=status, health=health, metrics=engine.metrics())
     except TimeoutError as error:
         raise ConnectionLost(f"{path}: the daemon did not answer within {LIMIT_S:g} s") from error
+
+
+def _write(arrivals: Sequence[Arrival], place: str) -> None:
+    """As ``ferrum-rt simulate --trace`` reads them: one JSON object a line. Raises NotFound where there are none."""
+    if not arrivals:
+        raise NotFound("--arrivals: none of the daemon's requests has ended yet, so there is nothing to write")
+    trace = "".join(f"{msgspec.json.encode(arrival).decode()}\n" for arrival in arrivals)
+    if place == "-":
+        print(trace, end="")
+        return
+    try:
+        Path(place).write_text(trace, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"argument --arrivals: {place}: cannot be written: {error.strerror}") from error
 
 
 def _as_text(report: Report) -> str:

@@ -17,6 +17,7 @@ import msgspec
 from opentelemetry import context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from ferrum_rt.daemon.answers import MAX_FAILURE_LENGTH, answer
 from ferrum_rt.daemon.config import DaemonLimits
 from ferrum_rt.daemon.outbox import Outbox
 from ferrum_rt.daemon.users import Cost, User
@@ -29,7 +30,7 @@ from ferrum_rt.interfaces.errors import (
     Unsupported,
 )
 from ferrum_rt.interfaces.requests import build_request, is_token_ids
-from ferrum_rt.interfaces.types import ClientId, InferenceRequest, StreamChunk
+from ferrum_rt.interfaces.types import InferenceRequest, StreamChunk
 from ferrum_rt.ipc.convert import chunk_to_wire, from_wire, num_packed
 from ferrum_rt.ipc.framing import MAX_FRAME_BYTES, client_decoder, encode
 from ferrum_rt.ipc.messages import (
@@ -40,14 +41,15 @@ from ferrum_rt.ipc.messages import (
     Chunks,
     ClientMessage,
     Credit,
+    EndSession,
     Failed,
     Finished,
+    ForkSession,
     GoingAway,
     Goodbye,
     Hello,
     Limits,
     Query,
-    Report,
     Submit,
     Welcome,
     WireChunk,
@@ -63,8 +65,6 @@ _ACCEPT_WITHIN_S = 0.005
 # Messages of one connection that are handled before the others have their turn, unless they come to so many bytes before.
 _HANDLE_AT_ONCE = 16
 _HANDLE_BYTES = 16 * 1024
-# An error may quote what a client sent, or what a chat template made of it.
-_MAX_FAILURE_LENGTH = 2000
 
 _log = logging.getLogger(__name__)
 _numbers = itertools.count(1)
@@ -142,7 +142,7 @@ def _check_fits(chunk: WireChunk) -> None:
 def failure(error: FerrumError, request_id: str = "") -> Failed:
     """The message for an error."""
     retry_after = error.retry_after if isinstance(error, ResourceExhausted) else None
-    message = str(error)[:_MAX_FAILURE_LENGTH]
+    message = str(error)[:MAX_FAILURE_LENGTH]
     return Failed(request_id=request_id, code=error.code, message=message, retry_after=retry_after)
 
 
@@ -355,8 +355,8 @@ class Session(asyncio.Protocol):
             case Cancel():
                 if (sink := self._sinks.get(message.request_id)) is not None:
                     sink.cancel(Cancelled("cancelled by the client"))
-            case Query():
-                self._answer(message)
+            case Query() | EndSession() | ForkSession():
+                self.outbox.send(answer(self.engine, self.user, message))
             case Goodbye():
                 self._leave("the client has said goodbye")
 
@@ -387,8 +387,7 @@ class Session(asyncio.Protocol):
         self._num_started += 1
         fields["id"] = f"{self.number}/{self._num_started}"
         request = build_request(prompt, fields)
-        # Whatever a client calls itself, the prefixes that it shares are its user's alone.
-        request = msgspec.structs.replace(request, client_id=ClientId(f"uid {self.user.uid}/{request.client_id}"))
+        request = msgspec.structs.replace(request, client_id=self.user.client_id(request.client_id))
         cost = self._cost(request)
         sink = _WireSink(self, message.request_id, min(message.credit, MAX_CREDIT), cost)
         self.user.take(cost, self.limits)
@@ -431,17 +430,6 @@ class Session(asyncio.Protocol):
             sink.credit = min(sink.credit + message.chunks, MAX_CREDIT)
             if not sink.is_full:
                 self.engine.resume(sink.generation)
-
-    def _answer(self, query: Query) -> None:
-        content: msgspec.Struct
-        match query.kind:
-            case "metrics":
-                content = self.engine.metrics()
-            case "status":
-                content = self.engine.status_now()
-            case "health":
-                content = self.engine.health_now()
-        self.outbox.send(Report(query_id=query.query_id, content=msgspec.json.encode(content).decode()))
 
     # -- messages out -------------------------------------------------------------------------------------------------
 

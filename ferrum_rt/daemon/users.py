@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from ferrum_rt.daemon.config import DaemonLimits
 from ferrum_rt.interfaces.errors import ResourceExhausted
+from ferrum_rt.interfaces.types import ClientId
 from ferrum_rt.runtime.generation import Generation
 
 
@@ -25,6 +26,10 @@ class User:
         self.num_tokens = 0
         self.num_bytes = 0
         self._ended: list[tuple[Generation, Cost]] = []
+
+    def client_id(self, name: str) -> ClientId:
+        """Whatever a client calls itself, its sessions and the prefixes that it shares are its user's alone."""
+        return ClientId(f"uid {self.uid}/{name}")
 
     def take(self, cost: Cost, limits: DaemonLimits) -> None:
         """Count a request in. Raises ResourceExhausted, naming the limit that it would break."""

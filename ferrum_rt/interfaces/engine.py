@@ -8,12 +8,15 @@ from ferrum_rt.interfaces.config import EngineConfig
 from ferrum_rt.interfaces.errors import FerrumError
 from ferrum_rt.interfaces.requests import RequestFields
 from ferrum_rt.interfaces.types import (
+    DEFAULT_CLIENT,
+    ClientId,
     EngineMetrics,
     EngineStatus,
     HealthStatus,
     InferenceRequest,
     InferenceResponse,
     Prompt,
+    SessionId,
     StreamChunk,
 )
 
@@ -52,6 +55,12 @@ class InferenceEngine(Protocol):
     async def infer_batch(
         self, prompts: Sequence[Prompt | InferenceRequest], **fields: Unpack[RequestFields]
     ) -> list[InferenceResponse | FerrumError]: ...
+
+    async def end_session(self, session_id: SessionId, client_id: ClientId = DEFAULT_CLIENT) -> bool: ...
+
+    async def fork_session(
+        self, session_id: SessionId, new_session_id: SessionId, client_id: ClientId = DEFAULT_CLIENT
+    ) -> None: ...
 
     def metrics(self) -> EngineMetrics: ...
     async def status(self) -> EngineStatus: ...

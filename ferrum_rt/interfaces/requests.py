@@ -37,6 +37,7 @@ from ferrum_rt.interfaces.validation import (
     entries,
     fields_of,
     function_of,
+    identifier,
     kind_of,
     nearest,
     optional,
@@ -53,6 +54,7 @@ __all__ = [
     "RequestFields",
     "build_request",
     "check_sampling",
+    "check_sessions",
     "check_vocabulary",
     "due_within",
     "is_token_ids",
@@ -172,6 +174,12 @@ def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
         ids = getattr(params, name)
         if ids and (highest := max(ids)) >= vocab_size:
             raise RequestValidationError(f"{name}: no token {highest}; the model's tokens are 0 to {vocab_size - 1}")
+
+
+def check_sessions(client_id: Any, **session_ids: Any) -> None:
+    """Raises RequestValidationError for a name that no request could have."""
+    for name, value in (*session_ids.items(), ("client_id", client_id)):
+        identifier(name, value)
 
 
 def is_chat(prompt: Prompt) -> bool:

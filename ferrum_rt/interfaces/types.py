@@ -14,6 +14,8 @@ SessionId = NewType("SessionId", str)
 TaskId = NewType("TaskId", str)
 ModelId = NewType("ModelId", str)
 
+DEFAULT_CLIENT = ClientId("default")
+
 
 class DataType(enum.StrEnum):
     """Element type of weights and activations."""
@@ -206,7 +208,7 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     model_id: ModelId | None = None
     sampling_params: SamplingParams = SamplingParams()
     priority: Priority = Priority.NORMAL
-    client_id: ClientId = ClientId("default")
+    client_id: ClientId = DEFAULT_CLIENT
     session_id: SessionId | None = None
     deadline_s: float | None = None
     metadata: dict[str, str] = {}
@@ -214,6 +216,18 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     tool_choice: ToolChoice = "auto"
     parse_special_tokens: bool = False
     logits_processors: list[Any] = []
+
+
+class Arrival(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A request from without: when it comes, in seconds from the first, and how large it is. Its ``deadline_s`` counts from
+    then; ``output_tokens`` are those of all its samples. A trace is one of these a line, as JSON."""
+
+    arrival_s: float
+    prompt_tokens: int
+    output_tokens: int
+    client: ClientId = DEFAULT_CLIENT
+    priority: Priority = Priority.NORMAL
+    deadline_s: float | None = None
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):

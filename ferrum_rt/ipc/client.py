@@ -1,7 +1,7 @@
 """The engine of a daemon, from another process: the same interface as in-process, over the socket. Needs no torch."""
 
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -25,9 +25,12 @@ from ferrum_rt.interfaces.errors import (
     error_classes,
     first_of,
 )
-from ferrum_rt.interfaces.requests import RequestFields, build_request, due_within
+from ferrum_rt.interfaces.requests import RequestFields, build_request, check_sessions, due_within
 from ferrum_rt.interfaces.responses import assemble
 from ferrum_rt.interfaces.types import (
+    DEFAULT_CLIENT,
+    Arrival,
+    ClientId,
     EngineMetrics,
     EngineStatus,
     HealthStatus,
@@ -36,6 +39,7 @@ from ferrum_rt.interfaces.types import (
     Prompt,
     RequestId,
     RequestMetrics,
+    SessionId,
     StreamChunk,
 )
 from ferrum_rt.ipc.address import socket_path
@@ -49,12 +53,15 @@ from ferrum_rt.ipc.messages import (
     Chunks,
     ClientMessage,
     Credit,
+    EndSession,
     Failed,
     Finished,
+    ForkSession,
     GoingAway,
     Goodbye,
     Hello,
     Query,
+    Refused,
     Report,
     ServerMessage,
     Submit,
@@ -232,6 +239,21 @@ class Client:
                 self.post(Cancel(request_id=wire_id))
             reply.abandon()
 
+    # -- sessions -----------------------------------------------------------------------------------------------------
+
+    async def end_session(self, session_id: SessionId, client_id: ClientId = DEFAULT_CLIENT) -> bool:
+        """Give up what a session keeps; False if there is no such session (any more)."""
+        check_sessions(client_id, session_id=session_id)
+        return msgspec.json.decode(await self._ask(EndSession, session_id=session_id, client_id=client_id), type=bool)
+
+    async def fork_session(
+        self, session_id: SessionId, new_session_id: SessionId, client_id: ClientId = DEFAULT_CLIENT
+    ) -> None:
+        """A further session that goes on from where this one stands. Raises NotFound if there is no such session (any more),
+        RequestValidationError for a name that is taken."""
+        check_sessions(client_id, session_id=session_id, new_session_id=new_session_id)
+        await self._ask(ForkSession, session_id=session_id, new_session_id=new_session_id, client_id=client_id)
+
     # -- reports ------------------------------------------------------------------------------------------------------
 
     def metrics(self) -> EngineMetrics:
@@ -241,18 +263,24 @@ class Client:
 
     async def status(self) -> EngineStatus:
         """A snapshot of the daemon's engine."""
-        return msgspec.json.decode(await self._ask("status"), type=EngineStatus)
+        return msgspec.json.decode(await self._ask(Query, kind="status"), type=EngineStatus)
 
     async def health_check(self) -> HealthStatus:
         """Whether each component of the daemon's engine can do its work."""
-        return msgspec.json.decode(await self._ask("health"), type=HealthStatus)
+        return msgspec.json.decode(await self._ask(Query, kind="health"), type=HealthStatus)
 
-    async def _ask(self, kind: Any) -> str:
+    async def fetch_arrivals(self) -> list[Arrival]:
+        """What the daemon's engine has had of all users' requests lately, as ``Runtime.arrivals`` has it. Raises
+        PermissionDenied for all but the user who runs the daemon."""
+        return msgspec.json.decode(await self._ask(Query, kind="arrivals"), type=list[Arrival])
+
+    async def _ask(self, question: Callable[..., ClientMessage], **fields: Any) -> str:
+        """The content of the report that answers a message of this class. Raises what the daemon refuses it with."""
         await self._wait_for_room()
         self._check_usable()
         self._num_sent += 1
         answer = self._queries[self._num_sent] = _Answer()
-        self.post(Query(query_id=self._num_sent, kind=kind))
+        self.post(question(query_id=self._num_sent, **fields))
         return await answer.wait()
 
     # -- the connection -----------------------------------------------------------------------------------------------
@@ -332,6 +360,9 @@ class Client:
             case Report():
                 if (answer := self._queries.pop(message.query_id, None)) is not None:
                     answer.settle(message.content)
+            case Refused():
+                if (answer := self._queries.pop(message.query_id, None)) is not None:
+                    answer.settle(_error(message))
             case GoingAway():
                 self._going_away = message.reason
             case Accepted() | Welcome():
@@ -421,10 +452,10 @@ def _metrics_query() -> Query:
     return Query(query_id=_METRICS, kind="metrics")
 
 
-def _error(message: Failed) -> FerrumError:
+def _error(message: Failed | Refused) -> FerrumError:
     """The error that the engine raised, of its own class."""
     kind = error_classes().get(message.code, FerrumError)
-    if kind is ResourceExhausted:
+    if kind is ResourceExhausted and isinstance(message, Failed):
         return ResourceExhausted(message.message, message.retry_after or 1.0)
     return kind(message.message)
 

@@ -137,14 +137,31 @@ class Cancel(_Message, frozen=True, kw_only=True, tag="cancel"):
 
 
 class Query(_Message, frozen=True, kw_only=True, tag="query"):
-    """Asks for a Report, which carries the same ``query_id``."""
+    """Asks for a Report, which carries the same ``query_id``. ``arrivals`` is for the daemon's own user alone."""
 
     query_id: int
-    kind: Literal["status", "metrics", "health"]
+    kind: Literal["status", "metrics", "health", "arrivals"]
 
 
 class Goodbye(_Message, frozen=True, kw_only=True, tag="goodbye"):
     """The client leaves; whatever it still has under way is cancelled."""
+
+
+class EndSession(_Message, frozen=True, kw_only=True, tag="end_session"):
+    """Gives up what a session keeps. The Report is ``true``, or ``false`` where there is no such session (any more)."""
+
+    query_id: int
+    session_id: Name
+    client_id: Name = "default"
+
+
+class ForkSession(_Message, frozen=True, kw_only=True, tag="fork_session"):
+    """Asks for a further session that goes on from where this one stands. The Report is ``null``."""
+
+    query_id: int
+    session_id: Name
+    new_session_id: Name
+    client_id: Name = "default"
 
 
 # -- from the daemon ------------------------------------------------------------------------------------------------------
@@ -212,7 +229,8 @@ class Failed(_Message, frozen=True, kw_only=True, tag="failed"):
 
 
 class Report(_Message, frozen=True, kw_only=True, tag="report"):
-    """The answer to a Query: EngineStatus, EngineMetrics or HealthStatus as JSON."""
+    """The answer to a Query: EngineStatus, EngineMetrics, HealthStatus or Arrivals as JSON; and to what is done to a
+    session."""
 
     query_id: int
     content: str
@@ -225,5 +243,13 @@ class GoingAway(_Message, frozen=True, kw_only=True, tag="going_away"):
     drain_s: float
 
 
-ClientMessage = Hello | Submit | Credit | Cancel | Query | Goodbye
-ServerMessage = Welcome | Accepted | Chunks | Finished | Failed | Report | GoingAway
+class Refused(_Message, frozen=True, kw_only=True, tag="refused"):
+    """Comes in place of a Report: the code and message of a FerrumError. The connection goes on."""
+
+    query_id: int
+    code: Name
+    message: str
+
+
+ClientMessage = Hello | Submit | Credit | Cancel | Query | Goodbye | EndSession | ForkSession
+ServerMessage = Welcome | Accepted | Chunks | Finished | Failed | Report | GoingAway | Refused

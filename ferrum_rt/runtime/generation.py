@@ -51,6 +51,16 @@ class Generation:
         """Every output has its last chunk."""
         return all(output.is_finished for output in self._outputs)
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """0 until it is tokenized."""
+        return len(self._prompt)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Of all its outputs, so far."""
+        return sum(output.num_tokens for output in self._outputs)
+
     def tokenized(self, prompt: list[TokenId], tokenizer: Tokenizer | None, tools: ToolFormat | None) -> None:
         """The prompt's tokens are known; text can be made from here on. ``tools`` is how the model writes
         calls."""
@@ -85,8 +95,8 @@ class Generation:
         self.finished_at = now
         end_span(
             self.span,
-            prompt_tokens=len(self._prompt),
-            output_tokens=sum(output.num_tokens for output in self._outputs),
+            prompt_tokens=self.num_prompt_tokens,
+            output_tokens=self.num_output_tokens,
             error=self.error,
         )
         self.sink.close()

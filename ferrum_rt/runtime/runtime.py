@@ -15,7 +15,6 @@ import anyio.lowlevel
 from ferrum_rt.interfaces.config import ConfigFields, EngineConfig, build_config
 from ferrum_rt.interfaces.engine import ChunkSink
 from ferrum_rt.interfaces.errors import (
-    BackendError,
     Cancelled,
     EngineFailed,
     FerrumError,
@@ -27,13 +26,13 @@ from ferrum_rt.interfaces.errors import (
     first_of,
 )
 from ferrum_rt.interfaces.grammar import Grammar
-from ferrum_rt.interfaces.requests import RequestFields, build_request, check_vocabulary, due_within
+from ferrum_rt.interfaces.requests import RequestFields, build_request, check_sessions, check_vocabulary, due_within
 from ferrum_rt.interfaces.responses import assemble
 from ferrum_rt.interfaces.scheduler import SavedState, SequenceUpdate
 from ferrum_rt.interfaces.types import (
+    DEFAULT_CLIENT,
+    Arrival,
     ClientId,
-    ComponentHealth,
-    ComponentStatus,
     EngineMetrics,
     EngineState,
     EngineStatus,
@@ -43,29 +42,30 @@ from ferrum_rt.interfaces.types import (
     MemoryPressure,
     ModelInfo,
     Prompt,
-    RequestCounts,
     RequestId,
     SchedulerDiagnostics,
     SessionId,
     StreamChunk,
 )
 from ferrum_rt.runtime.admission import AdmissionPolicy
+from ferrum_rt.runtime.arrivals import MAX_ARRIVALS, ArrivalLog
 from ferrum_rt.runtime.chunk_stream import ChunkStream
 from ferrum_rt.runtime.engine import EngineLoop
 from ferrum_rt.runtime.generation import Generation
 from ferrum_rt.runtime.lag import LoopLag
 from ferrum_rt.runtime.loader import LoadedModel, load_model
 from ferrum_rt.runtime.pages import PagedKvCache
+from ferrum_rt.runtime.preparation import Preparation
 from ferrum_rt.runtime.pressure import PressureWatch
-from ferrum_rt.runtime.resolve import EncodedRequest, compile_grammar, encode, has_text, is_constrained, resolve
+from ferrum_rt.runtime.reports import engine_health, engine_status
+from ferrum_rt.runtime.resolve import EncodedRequest, resolve
 from ferrum_rt.runtime.scheduler import UnifiedScheduler
+from ferrum_rt.runtime.sessions import Sessions
 from ferrum_rt.runtime.tracing import start_span
 from ferrum_rt.runtime.worker import Worker
 
-# Requests tokenized in one call, and updates turned into text before the loop is yielded to others.
-_TOKENIZE_AT_ONCE = 64
+# Updates turned into text before the loop is yielded to others.
 _DETOKENIZE_AT_ONCE = 256
-DEFAULT_CLIENT = ClientId("default")
 
 
 def open_runtime(
@@ -96,6 +96,7 @@ class Runtime:
         self._active: dict[RequestId, Generation] = {}
         self._counts = dict.fromkeys(("finished", "failed", "cancelled", "rejected"), 0)
         self._idle = anyio.Event()
+        self._arrivals = ArrivalLog()
         self._pressure = PressureWatch()
         self._lag = LoopLag()
         self._process_id = os.getpid()
@@ -140,13 +141,17 @@ class Runtime:
             page_bytes=executor.page_bytes,
         )
         self._admission = AdmissionPolicy(config.scheduler, self._retry_after)
-        capacity = self._admission.capacity
-        self._to_tokenizer, self._admitted = anyio.create_memory_object_stream[Generation](capacity)
-        self._to_compiler, self._encoded = anyio.create_memory_object_stream[tuple[Generation, EncodedRequest]](capacity)
+        self._preparation = Preparation(
+            self._model,
+            config,
+            self._admission.capacity,
+            submit=self._submit,
+            fail=self._fail,
+            retry_after=self._retry_after,
+        )
         to_detokenizer, self._updates = anyio.create_memory_object_stream[list[SequenceUpdate]](1)
-        sending = self._to_tokenizer.close, self._to_compiler.close, to_detokenizer.close
-        for close in (*sending, self._admitted.close, self._encoded.close, self._updates.close):
-            stack.callback(close)
+        for channel in (self._preparation, to_detokenizer, self._updates):
+            stack.callback(channel.close)
         self._engine = EngineLoop(
             self._scheduler,
             executor,
@@ -162,8 +167,8 @@ class Runtime:
         try:
             with self._tasks_scope:
                 async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(self._tokenize, name="ferrum tokenizer")
-                    tasks.start_soon(self._compile, name="ferrum grammar compiler")
+                    tasks.start_soon(self._preparation.tokenize, self._tokenizer_thread, name="ferrum tokenizer")
+                    tasks.start_soon(self._preparation.compile, self._compiler_thread, name="ferrum grammar compiler")
                     tasks.start_soon(self._engine.run, name="ferrum engine")
                     tasks.start_soon(self._detokenize, name="ferrum detokenizer")
         except Exception as error:
@@ -260,7 +265,8 @@ class Runtime:
         capacity = self._config.batching.stream_capacity
         chunks = ChunkStream(request.sampling_params.n, capacity, lambda: self.resume(generation))
         try:
-            generation = self.start(due_within(request, _left_to_caller()), chunks)
+            left_s = anyio.current_effective_deadline() - anyio.current_time()  # until the caller's cancel scopes end it
+            generation = self.start(due_within(request, left_s), chunks)
             try:
                 yield generation, chunks
             finally:
@@ -289,11 +295,11 @@ class Runtime:
         check_vocabulary(request.sampling_params, self.model_info.vocab_size)
         generation = Generation(request, sink, time.monotonic())
         try:
-            self._admission.admit(request.client_id, self._to_tokenizer.statistics().current_buffer_used)
+            self._admission.admit(request.client_id, self._preparation.num_queued)
         except ResourceExhausted:
             self._counts["rejected"] += 1
             raise
-        self._to_tokenizer.send_nowait(generation)
+        self._preparation.put(generation)
         self._active[request.id] = generation
         generation.span = start_span(request, self.model_info.id)
         return generation
@@ -331,23 +337,32 @@ class Runtime:
 
     async def end_session(self, session_id: SessionId, client_id: ClientId = DEFAULT_CLIENT) -> bool:
         """Give up what a session keeps; False if there is no such session (any more)."""
-        self._check_takes_requests()
-        return self._scheduler.sessions.end(client_id, session_id)
+        check_sessions(client_id, session_id=session_id)
+        return self.sessions().end(client_id, session_id)
 
     async def fork_session(
         self, session_id: SessionId, new_session_id: SessionId, client_id: ClientId = DEFAULT_CLIENT
     ) -> None:
         """A further session that goes on from where this one stands. Raises NotFound if there is no such session (any more),
         RequestValidationError for a name that is taken."""
+        check_sessions(client_id, session_id=session_id, new_session_id=new_session_id)
+        self.sessions().fork(client_id, session_id, new_session_id)
+
+    def sessions(self) -> Sessions:
+        """For those who cannot wait, and have checked the names. Raises what a request would raise that came now."""
         self._check_takes_requests()
-        self._scheduler.sessions.fork(client_id, session_id, new_session_id)
-        self._engine.notify()
+        return self._scheduler.sessions
 
     # -- reports ------------------------------------------------------------------------------------------------------
 
     def export_state(self) -> SavedState:
         """What the scheduler has under way, for a simulation to replay; it holds the tokens of prompts and outputs."""
         return self._scheduler.export_state(time.monotonic())
+
+    def arrivals(self, last: int = MAX_ARRIVALS) -> list[Arrival]:
+        """When requests came and how large they were, of those that ended ``last``: a workload for ``ferrum-rt simulate``,
+        and nothing of what was in them."""
+        return self._arrivals.export(last)
 
     def diagnostics(self) -> SchedulerDiagnostics:
         """Why the scheduler does what it does."""
@@ -371,20 +386,13 @@ class Runtime:
 
     def status_now(self) -> EngineStatus:
         """The same, for those who cannot wait."""
-        stats, executor = self._scheduler.statistics(), self._model.executor
-        tokenizing = len(self._active) - stats.running - stats.waiting - stats.parked
-        return EngineStatus(
-            state=self._state,
-            model=executor.model_info,
+        return engine_status(
+            self._state,
+            self._model.executor,
+            self._scheduler.statistics(),
+            self._counts,
+            num_active=len(self._active),
             uptime_s=time.monotonic() - self._opened_at,
-            requests=RequestCounts(
-                running=stats.running,
-                waiting=stats.waiting + max(0, tokenizing),
-                parked=stats.parked,
-                **self._counts,
-            ),
-            pages=stats.pages,
-            memory=executor.memory_usage(),
         )
 
     async def health_check(self) -> HealthStatus:
@@ -398,80 +406,18 @@ class Runtime:
             "tokenizer": self._tokenizer_thread,
             "grammar compiler": self._compiler_thread,
         }
-        faults = {name: "" if thread.is_alive else "its thread has stopped" for name, thread in threads.items()}
         is_ready = self._state is EngineState.READY
-        faults["engine"] = "" if is_ready else str(self._failure or f"state is {self._state.value}")
-        components = {name: ComponentHealth(healthy=not fault, detail=fault) for name, fault in faults.items()}
-        return HealthStatus(healthy=not any(faults.values()), status=ComponentStatus(components=components))
+        return engine_health(threads, "" if is_ready else str(self._failure or f"state is {self._state.value}"))
 
     # -- a request's way through --------------------------------------------------------------------------------------
-
-    async def _tokenize(self) -> None:
-        async for first in self._admitted:
-            batch = [first]
-            while len(batch) < _TOKENIZE_AT_ONCE and self._admitted.statistics().current_buffer_used:
-                batch.append(self._admitted.receive_nowait())
-            waiting = [generation for generation in batch if not generation.is_finished]
-            results = await self._encode([generation.request for generation in waiting])
-            for generation in batch:
-                generation.is_queued = False
-            for generation, result in zip(waiting, results, strict=True):
-                if generation.is_finished:
-                    continue
-                if isinstance(result, FerrumError):
-                    self._fail(generation, result, "failed")
-                elif is_constrained(generation.request):
-                    self._queue_for_compiler(generation, result)
-                else:
-                    self._submit(generation, result, None)
-            self._engine.notify()
-
-    def _queue_for_compiler(self, generation: Generation, request: EncodedRequest) -> None:
-        try:
-            self._to_compiler.send_nowait((generation, request))
-        except anyio.WouldBlock:  # full of requests that were cancelled and that it has not come to yet
-            error = ResourceExhausted("as many grammars as may wait to be compiled", retry_after=self._retry_after())
-            self._fail(generation, error, "failed")
-        else:
-            generation.is_queued = True
-
-    async def _encode(self, requests: list[InferenceRequest]) -> list[EncodedRequest | FerrumError]:
-        """Token ids, or what is wrong, for each; off the event loop if there is any text among them."""
-        if not any(has_text(request) for request in requests):
-            return [self._encode_one(request) for request in requests]
-        return await self._tokenizer_thread.run(lambda: [self._encode_one(request) for request in requests])
-
-    def _encode_one(self, request: InferenceRequest) -> EncodedRequest | FerrumError:
-        try:
-            return encode(request, self._model, self._config)
-        except FerrumError as error:
-            return error
-        except Exception as error:  # whatever a tokenizer or a template makes of this prompt, it is this request's
-            return as_ferrum_error(TokenizerError, "the prompt cannot be encoded", error)
-
-    async def _compile(self) -> None:
-        """Grammars, one after the other; requests that have none do not wait for them."""
-        async for generation, request in self._encoded:
-            try:
-                if generation.is_finished:
-                    continue
-                grammar = await self._compiler_thread.run(partial(compile_grammar, generation.request, self._model))
-            except Exception as error:  # whatever a grammar does to its compiler
-                if not generation.is_finished:
-                    self._fail(generation, as_ferrum_error(BackendError, "the grammar cannot be compiled", error), "failed")
-                continue
-            finally:
-                generation.is_queued = False
-            if not generation.is_finished:
-                self._submit(generation, request, grammar)
-                self._engine.notify()
 
     def _submit(self, generation: Generation, encoded: EncodedRequest, grammar: Grammar | None) -> None:
         try:
             generation.tokenized(encoded.token_ids, self._model.tokenizer, self._model.tool_format)
             self._scheduler.submit(resolve(encoded, grammar, self._model, self._config, generation.submitted_at))
+            self._engine.notify()
         except Exception as error:  # what is wrong with the request, or whatever its prompt does to a detokenizer
-            self._fail(generation, as_ferrum_error(TokenizerError, "the prompt cannot be gone on from", error), "failed")
+            self._fail(generation, as_ferrum_error(TokenizerError, "the prompt cannot be gone on from", error))
 
     def _started(self, request_id: RequestId) -> None:
         generation = self._active.get(request_id)
@@ -491,12 +437,12 @@ class Runtime:
         if generation is None:
             return  # cancelled, or ended by a stop string
         if update.error is not None:
-            self._fail(generation, update.error, "failed")
+            self._fail(generation, update.error)
             return
         try:
             reason = generation.advance(update, time.monotonic())
         except Exception as error:  # whatever the output's text does to those who read it
-            self._fail(generation, as_ferrum_error(TokenizerError, "the output cannot be turned into text", error), "failed")
+            self._fail(generation, as_ferrum_error(TokenizerError, "the output cannot be turned into text", error))
             return
         if reason is not None and update.finish_reason is None:  # a stop string, which the scheduler knows nothing of
             self._drop(generation, update.index)
@@ -508,7 +454,7 @@ class Runtime:
 
     # -- a request's end ----------------------------------------------------------------------------------------------
 
-    def _fail(self, generation: Generation, error: FerrumError, outcome: str) -> None:
+    def _fail(self, generation: Generation, error: FerrumError, outcome: str = "failed") -> None:
         generation.fail(error)
         self._end(generation, outcome)
         self._drop(generation)
@@ -531,13 +477,14 @@ class Runtime:
         self._state = EngineState.FAILED
         self._tasks_scope.cancel()
         for generation in list(self._active.values()):
-            self._fail(generation, self._failure, "failed")
+            self._fail(generation, self._failure)
 
     def _end(self, generation: Generation, outcome: str) -> None:
         """The one place where a request ends."""
         del self._active[generation.request.id]
         self._admission.leave(generation.request.client_id)
         generation.close(time.monotonic())
+        self._arrivals.add(generation)
         self._counts[outcome] += 1
         if not self._active:
             self._idle.set()
@@ -548,8 +495,3 @@ class Runtime:
         expected to, each."""
         wait_s = self._scheduler.estimated_wait_s() / max(1, len(self._active))
         return wait_s or self._engine.counters.step_s / max(1, self._counts["finished"]) or 1.0
-
-
-def _left_to_caller() -> float:
-    """Seconds until the calling task's cancel scopes end it."""
-    return anyio.current_effective_deadline() - anyio.current_time()

@@ -4,6 +4,7 @@ A session is a claim on pages, and the tokens that are in them. It stays as it w
 way to what that request has computed only when it has ended well: what fails or is cancelled leaves no trace.
 """
 
+from collections import Counter
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 
@@ -134,8 +135,12 @@ class Sessions:
         self._trim_client(key[0])
 
     def _trim(self) -> None:
+        """The client with the most sessions gives up those it has not used for longest: who forks without end pushes nobody
+        else's out."""
         while len(self._sessions) > self.config.max_sessions:
-            self._give_up(next(iter(self._sessions.values())))
+            counts = Counter(client_id for client_id, _ in self._sessions)
+            most = max(counts.values())
+            self._give_up(next(session for key, session in self._sessions.items() if counts[key[0]] == most))
 
     def _trim_client(self, client_id: ClientId) -> None:
         """To the client's share of the pages, together with what its requests hold."""

@@ -11,12 +11,15 @@ from ferrum_rt.ipc.messages import (
     Chunks,
     ClientMessage,
     Credit,
+    EndSession,
     Failed,
     Finished,
+    ForkSession,
     GoingAway,
     Goodbye,
     Hello,
     Query,
+    Refused,
     Report,
     ServerMessage,
     Submit,
@@ -155,7 +158,7 @@ class Ledger:
             case Cancel():
                 for one in self._asked.get(message.request_id, ()):
                     one.is_cancelled = True
-            case Query():
+            case Query() | EndSession() | ForkSession():
                 self._queries[message.query_id] += 1
             case Goodbye():
                 self.left()
@@ -193,6 +196,9 @@ class Ledger:
                 assert self._queries[message.query_id] > 0, f"report {message.query_id} answers no query"
                 self._queries[message.query_id] -= 1
                 self.report = message.content
+            case Refused():
+                assert self._queries[message.query_id] > 0, f"refusal {message.query_id} answers no query"
+                self._queries[message.query_id] -= 1
             case GoingAway():
                 pass
 

@@ -26,7 +26,15 @@ from ferrum_rt.ipc.messages import Cancel, Credit, Goodbye, Hello, Query, Submit
 from ferrum_rt.runtime.runtime import Runtime
 from tests.daemon.line import Line
 from tests.daemon.serving import daemon
-from tests.ipc.frames import ATTACKS, broken_frame, large_attacks, odd_submit
+from tests.ipc.frames import (
+    ATTACKS,
+    SESSIONS,
+    broken_frame,
+    large_attacks,
+    odd_session_message,
+    odd_submit,
+    session_message,
+)
 from tests.runtime.engines import until
 
 ROOT = Path(__file__).parents[2]
@@ -167,6 +175,7 @@ class Conversations(RuleBasedStateMachine):
         credit=st.sampled_from((0, 1, 3, 10, 1000)),
         stop=st.lists(st.text("aeiou ", min_size=1, max_size=2), max_size=2),
         prompt_logprobs=st.booleans(),
+        session_id=st.none() | st.sampled_from(SESSIONS),
     )
     def submit(
         self,
@@ -178,12 +187,13 @@ class Conversations(RuleBasedStateMachine):
         credit: int,
         stop: list[str],
         prompt_logprobs: bool,
+        session_id: str | None,
     ) -> None:
         # The fake scores no prompt, so that such a request fails.
         sampling = WireSampling(
             max_tokens=max_tokens, n=n, stop=stop, prompt_logprobs=3 if prompt_logprobs and not stop else None
         )
-        request = WireRequest(text=text, sampling=sampling)
+        request = WireRequest(text=text, sampling=sampling, session_id=session_id)
         message = Submit(request_id=self.unused(number, request_id), request=request, credit=credit)
         self.say(number, encode(message), is_right=sampling.prompt_logprobs is None)
 
@@ -205,9 +215,15 @@ class Conversations(RuleBasedStateMachine):
     def cancel(self, number: int, request_id: str) -> None:
         self.say(number, encode(Cancel(request_id=request_id)))
 
-    @rule(number=numbers, kind=st.sampled_from(("status", "metrics", "health")), count=st.sampled_from((1, 2, 50)))
+    @rule(
+        number=numbers, kind=st.sampled_from(("status", "metrics", "health", "arrivals")), count=st.sampled_from((1, 2, 50))
+    )
     def query(self, number: int, kind: Any, count: int) -> None:
         self.say(number, b"".join(encode(Query(query_id=at, kind=kind)) for at in range(count)))
+
+    @rule(number=numbers, rng=randoms, is_odd=st.booleans())
+    def change_sessions(self, number: int, rng: Random, is_odd: bool) -> None:
+        self.say(number, encode(odd_session_message(rng) if is_odd else session_message(rng, 7)))
 
     @rule(number=rough)
     def flood(self, number: int) -> None:

@@ -11,6 +11,7 @@ import anyio
 from ferrum_rt.daemon.config import DaemonLimits
 from ferrum_rt.daemon.server import Server
 from ferrum_rt.interfaces.config import build_config
+from ferrum_rt.interfaces.types import SessionId
 from ferrum_rt.ipc.client import Client, connect
 from ferrum_rt.ipc.connection import Connection
 from tests.faults.scenarios import CountingRuntime, Scenario
@@ -74,7 +75,17 @@ async def _reports(path: Path) -> None:
     async with connect(path) as client:
         await client.status()
         assert (await client.health_check()).healthy
+        await client.fetch_arrivals()
         client.metrics()
+
+
+async def _sessions(path: Path) -> None:
+    async with connect(path) as client:
+        await client.infer("hello", max_tokens=4, session_id=SessionId("s"))
+        await client.end_session(SessionId("t"))  # of a run that was cancelled
+        await client.fork_session(SessionId("s"), SessionId("t"))
+        assert await client.end_session(SessionId("s"))
+        assert await client.end_session(SessionId("t"))
 
 
 async def _close_while_busy(path: Path) -> None:
@@ -133,6 +144,7 @@ CLIENTS = [
     Scenario("client: stream", _stream),
     Scenario("client: batch", _batch),
     Scenario("client: reports", _reports),
+    Scenario("client: sessions", _sessions),
     Scenario("client: close while busy", _close_while_busy),
     Scenario("client: a daemon that does not read", _deaf),
     Scenario("client: a daemon that takes nobody in", _full),

@@ -14,7 +14,9 @@ from ferrum_rt.ipc.messages import (
     Chunks,
     ClientMessage,
     Credit,
+    EndSession,
     Finished,
+    ForkSession,
     Goodbye,
     Hello,
     Query,
@@ -145,6 +147,7 @@ _ODD_REQUEST: dict[str, tuple[Any, ...]] = {
 _ODD_IDS = ("a" * 256, "é" * 256, "\x00", "\n", "\u202e", "1/2", "never was")
 _ODD_CREDITS = (0, 1, 7, 10**6, 2**31, 2**63, _U64)
 _ODD_NUMBERS = (*_ODD_CREDITS, -1, -(2**63))
+SESSIONS = ("s", "t", "u")
 _WORDS = ("def ", "x", "hello", "import os\n", "é", "<eos>", " ", "0123456789" * 8)
 
 
@@ -165,7 +168,12 @@ def right_submit(rng: Random, request_id: str) -> Submit:
         sampling |= {"seed": rng.getrandbits(63), "temperature": rng.random(), "logprobs": 3, "stop_token_ids": [65]}
     return Submit(
         request_id=request_id,
-        request=WireRequest(**prompt, sampling=WireSampling(**sampling), priority=rng.randrange(4)),
+        request=WireRequest(
+            **prompt,
+            sampling=WireSampling(**sampling),
+            priority=rng.randrange(4),
+            session_id=rng.choice(SESSIONS) if rng.random() < 0.3 else None,
+        ),
         credit=1000,
     )
 
@@ -185,10 +193,30 @@ def odd_submit(rng: Random, request_id: str) -> Submit:
     return Submit(request_id=request_id, request=wire, credit=rng.choice((1000, 1000, *_ODD_CREDITS)))
 
 
+def session_message(rng: Random, query_id: int) -> EndSession | ForkSession:
+    """One that right_submit's requests give something to do."""
+    name, client_id = rng.choice(SESSIONS), rng.choice(("default", "other"))
+    if rng.random() < 0.5:
+        return EndSession(query_id=query_id, session_id=name, client_id=client_id)
+    return ForkSession(query_id=query_id, session_id=name, new_session_id=rng.choice(SESSIONS), client_id=client_id)
+
+
+def odd_session_message(rng: Random) -> EndSession | ForkSession:
+    """With names that the decoder takes, and the daemon mostly does not."""
+    odd = {
+        "query_id": rng.choice(_ODD_NUMBERS),
+        "session_id": rng.choice((*SESSIONS, *_ODD_IDS)),
+        "client_id": rng.choice(("default", *_ODD_REQUEST["client_id"])),
+    }
+    if rng.random() < 0.5:
+        return EndSession(**odd)
+    return ForkSession(new_session_id=rng.choice((*SESSIONS, *_ODD_IDS)), **odd)
+
+
 def odd_message(rng: Random, ids: tuple[str, ...]) -> ClientMessage:
     """Any that a decoder takes; ``ids`` are those in use, or that were."""
     request_id = rng.choice((*ids, *_ODD_IDS)) if ids else rng.choice(_ODD_IDS)
-    match rng.randrange(10):
+    match rng.randrange(11):
         case 0 | 1 | 2 | 3:
             return odd_submit(rng, rng.choice((f"{rng.getrandbits(40):x}", request_id)))
         case 4 | 5:
@@ -196,7 +224,9 @@ def odd_message(rng: Random, ids: tuple[str, ...]) -> ClientMessage:
         case 6 | 7:
             return Cancel(request_id=request_id)
         case 8:
-            return Query(query_id=rng.choice(_ODD_NUMBERS), kind=rng.choice(("status", "metrics", "health")))
+            return Query(query_id=rng.choice(_ODD_NUMBERS), kind=rng.choice(("status", "metrics", "health", "arrivals")))
+        case 9:
+            return odd_session_message(rng)
         case _:
             return rng.choice((Goodbye(), Hello(version=1), Hello(version=rng.choice(_ODD_NUMBERS))))
 
@@ -279,7 +309,10 @@ def _reorder(rng: Random, data: bytes) -> bytes:
     """The type comes later, or twice, or is another's."""
     fields = msgspec.msgpack.decode(data[4:], strict=False)
     pairs = [(packed(key), packed(value)) for key, value in fields.items()]
-    kinds = ("hello", "submit", "credit", "cancel", "query", "goodbye", "chunks", "welcome", "", "HELLO", "submit\x00")
+    kinds = (
+        *("hello", "submit", "credit", "cancel", "query", "goodbye", "end_session", "fork_session"),
+        *("chunks", "welcome", "refused", "", "HELLO", "submit\x00"),
+    )
     match rng.randrange(4):
         case 0:
             rng.shuffle(pairs)

@@ -24,6 +24,7 @@ from ferrum_rt.interfaces.errors import (
 )
 from ferrum_rt.interfaces.types import (
     ChatMessage,
+    ClientId,
     EngineState,
     EngineStatus,
     FinishReason,
@@ -32,6 +33,7 @@ from ferrum_rt.interfaces.types import (
     ModelId,
     RequestId,
     SamplingParams,
+    SessionId,
     StreamChunk,
     TokenId,
 )
@@ -120,6 +122,10 @@ async def test_after_its_end_an_engine_takes_nothing(kind: str, tmp_path: Path) 
         await engine.shutdown()
         with pytest.raises(Cancelled):
             await engine.infer("x")
+        with pytest.raises(Cancelled):
+            await engine.end_session(SessionId("s"))
+        with pytest.raises(Cancelled):
+            await engine.fork_session(SessionId("s"), SessionId("t"))
 
 
 @both
@@ -236,6 +242,55 @@ async def test_reports_tell_of_the_engine(kind: str, tmp_path: Path) -> None:
         assert engine.config.scheduler.max_running_requests == 3
 
 
+@both
+async def test_a_session_is_forked_and_ended(kind: str, tmp_path: Path) -> None:
+    """Both sessions have what the first had; one that has ended is not there any more."""
+    chat, other = SessionId("chat"), SessionId("other")
+    async with opened(kind, tmp_path, config={"kv_cache": {"prefix_caching": False}}) as engine:
+        first = await engine.infer("hello", session_id=chat, max_tokens=9)
+        await engine.fork_session(chat, other)
+        prompt = "hello" + first.text
+        for name in (chat, other):
+            again = await engine.infer(f"{prompt}!", session_id=name, max_tokens=5)
+            assert (again.text, again.usage.cached_tokens) == (text_after(f"{prompt}!", 5), len(prompt) - 1)
+        assert await engine.end_session(chat) is True
+        assert await engine.end_session(chat) is False
+        with pytest.raises(NotFound, match="'chat'"):
+            await engine.fork_session(chat, SessionId("third"))
+        with pytest.raises(RequestValidationError, match="new_session_id"):
+            await engine.fork_session(other, other)
+
+
+@both
+async def test_a_session_is_its_clients(kind: str, tmp_path: Path) -> None:
+    """It is forked and ended under the client_id that its requests have, and no other."""
+    chat, ada, bob = SessionId("chat"), ClientId("ada"), ClientId("bob")
+    async with opened(kind, tmp_path) as engine:
+        await engine.infer("hello", session_id=chat, client_id=ada, max_tokens=3)
+        assert not await engine.end_session(chat)
+        assert not await engine.end_session(chat, client_id=bob)
+        with pytest.raises(NotFound):
+            await engine.fork_session(chat, SessionId("other"), client_id=bob)
+        await engine.fork_session(chat, SessionId("other"), client_id=ada)
+        assert await engine.end_session(chat, ada)
+        assert await engine.end_session(SessionId("other"), ada)
+
+
+@both
+async def test_no_session_has_a_name_that_no_request_can_have(kind: str, tmp_path: Path) -> None:
+    """Such a name is a RequestValidationError that says which it is, and the engine goes on."""
+    good, long = SessionId("s"), SessionId("s" * 257)
+    async with opened(kind, tmp_path) as engine:
+        for wrong in (long, SessionId("a\n"), SessionId(""), 7):
+            with pytest.raises(RequestValidationError, match=r"^session_id"):
+                await engine.end_session(wrong)  # type: ignore[arg-type]
+            with pytest.raises(RequestValidationError, match=r"^new_session_id"):
+                await engine.fork_session(good, wrong)  # type: ignore[arg-type]
+            with pytest.raises(RequestValidationError, match=r"^client_id"):
+                await engine.end_session(good, wrong)  # type: ignore[arg-type]
+        assert not await engine.end_session(good)
+
+
 async def test_a_callers_functions_do_not_travel(tmp_path: Path) -> None:
     """A logits processor is refused by the client, before anything is sent."""
 
@@ -304,7 +359,8 @@ async def test_a_daemon_that_dies_gives_every_waiter_connection_lost(tmp_path: P
                 await settled(client, lambda status: status.requests.running == 3)
                 process.send(signal.SIGKILL)
             assert len(lost) == 3
-            for call in (client.status, client.health_check, lambda: client.infer("x")):
+            end = partial(client.end_session, SessionId("s"))
+            for call in (client.status, client.health_check, end, lambda: client.infer("x")):
                 with pytest.raises(ConnectionLost):
                     await call()
     with pytest.raises(NotFound):

@@ -13,7 +13,19 @@ from ferrum_rt.interfaces.errors import InvalidFormat
 from ferrum_rt.interfaces.types import RequestId, StreamChunk, TokenId
 from ferrum_rt.ipc.convert import chunk_from_wire, chunk_to_wire
 from ferrum_rt.ipc.framing import MAX_FRAME_BYTES, FrameDecoder, client_decoder, encode, server_decoder
-from ferrum_rt.ipc.messages import Cancel, Chunks, ClientMessage, Credit, Goodbye, Hello, Query, Submit, WireRequest
+from ferrum_rt.ipc.messages import (
+    Cancel,
+    Chunks,
+    ClientMessage,
+    Credit,
+    EndSession,
+    ForkSession,
+    Goodbye,
+    Hello,
+    Query,
+    Submit,
+    WireRequest,
+)
 
 MESSAGES: list[ClientMessage] = [
     Hello(version=1, client="test", trace={"traceparent": "00-ab-cd-01"}),
@@ -22,6 +34,8 @@ MESSAGES: list[ClientMessage] = [
     Cancel(request_id="a"),
     Query(query_id=7, kind="status"),
     Goodbye(),
+    EndSession(query_id=8, session_id="é"),
+    ForkSession(query_id=9, session_id="a", new_session_id="b", client_id="c"),
 ]
 
 

@@ -165,4 +165,4 @@ def test_many_mutations() -> None:
         for decoder in DECODERS:
             with suppress(InvalidFormat):
                 kinds |= {type(message).__name__ for message in decoder().feed(data)}
-    assert kinds >= {"Hello", "Submit", "Credit", "Cancel", "Query", "Goodbye"}
+    assert kinds >= {"Hello", "Submit", "Credit", "Cancel", "Query", "Goodbye", "EndSession", "ForkSession"}

@@ -70,7 +70,7 @@ async def test_a_compilers_queue_full_of_cancelled_requests_fails_the_next(compi
         cancelled = []
         for _ in range(5):  # one that is being compiled, and four behind it
             generation, _ = start()
-            await until(lambda: not engine._to_tokenizer.statistics().current_buffer_used)
+            await until(lambda: not engine._preparation.num_queued)
             assert (await engine.infer("plain", max_tokens=5)).text == text_after("plain", 5)
             engine.abandon(generation)
             cancelled.append(generation)

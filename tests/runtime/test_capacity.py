@@ -13,11 +13,11 @@ import pytest
 
 from ferrum_rt.interfaces.config import build_config
 from ferrum_rt.interfaces.errors import ConfigError
-from ferrum_rt.interfaces.types import ClientId, PageCounts, Priority, SchedulerStats
+from ferrum_rt.interfaces.types import Arrival, ClientId, PageCounts, Priority, SchedulerStats
 from ferrum_rt.runtime.simulation.capacity import simulate_capacity
 from ferrum_rt.runtime.simulation.engine import CostModel
 from ferrum_rt.runtime.simulation.reports import MAX_POINTS, CapacityReport, Objectives, Percentiles, Timeline, curve
-from ferrum_rt.runtime.simulation.workload import Arrival, Arrivals, ClientShare, Sizes, Workload, read_trace
+from ferrum_rt.runtime.simulation.workload import Arrivals, ClientShare, Sizes, Workload, read_trace
 
 SECOND_STEPS = CostModel(base_s=1.0, token_s=0.0, sequence_s=0.0, context_s=0.0)
 

@@ -11,7 +11,7 @@ from ferrum_rt.interfaces.errors import ConfigError, DeadlineExceeded, FerrumErr
 from ferrum_rt.interfaces.model_executor import DecodeOutput, PrefillOutput, StepOutput
 from ferrum_rt.interfaces.sampler import SampledToken, SamplingConfig
 from ferrum_rt.interfaces.scheduler import BatchPlan, SequenceRequest, SequenceUpdate
-from ferrum_rt.interfaces.types import ClientId, FinishReason, RequestId, TokenId
+from ferrum_rt.interfaces.types import Arrival, ClientId, FinishReason, RequestId, TokenId
 from ferrum_rt.runtime.pages import PagedKvCache
 from ferrum_rt.runtime.scheduler import UnifiedScheduler
 from ferrum_rt.runtime.simulation.engine import CostModel, SimulatedEngine
@@ -26,7 +26,6 @@ from ferrum_rt.runtime.simulation.reports import (
     Timeline,
     curve,
 )
-from ferrum_rt.runtime.simulation.workload import Arrival
 
 
 @dataclass(slots=True)

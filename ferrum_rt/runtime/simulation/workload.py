@@ -10,22 +10,10 @@ from typing import Literal
 import msgspec
 
 from ferrum_rt.interfaces.errors import ConfigError
-from ferrum_rt.interfaces.types import ClientId, Priority
+from ferrum_rt.interfaces.types import DEFAULT_CLIENT, Arrival, ClientId, Priority
 
-DEFAULT_CLIENT = ClientId("default")
 # A distribution's name → how many numbers it takes.
 _SIZES = {"fixed": 1, "uniform": 2, "normal": 2, "lognormal": 2}
-
-
-class Arrival(msgspec.Struct, frozen=True, kw_only=True):
-    """One request: when it comes, and what it is. Its ``deadline_s`` counts from then."""
-
-    arrival_s: float
-    prompt_tokens: int
-    output_tokens: int
-    client: ClientId = DEFAULT_CLIENT
-    priority: Priority = Priority.NORMAL
-    deadline_s: float | None = None
 
 
 class Sizes(msgspec.Struct, frozen=True):
