@@ -239,7 +239,7 @@ def test_of_several_samples_the_first_is_the_sessions() -> None:
     chat.turn([*text, 7])
     assert chat.num_prefilled == 2
     name = chat.begin([*text, 8], max_tokens=8, num_samples=2)
-    while 0 in [one.index for one in chat.schedule.scheduler._sequences[name]]:
+    while 0 in [one.index for one in chat.schedule.scheduler._roster.sequences[name]]:
         chat.schedule.step()
     chat.schedule.scheduler.cancel(name)
     chat.schedule.run()
