@@ -83,8 +83,8 @@ class UnifiedScheduler:
         self._num_pages = num_pages
         self._max_model_len = max_model_len
         self._residents = Residents(cache, self._clients, num_slots=num_slots, num_pages=num_pages)
-        self.sessions = Sessions(cache, self._clients, config, num_pages=num_pages)
         self.swapping = Swapping(cache, self._pace.costs, num_pages=num_host_pages, page_bytes=page_bytes)
+        self.sessions = Sessions(cache, self.swapping, self._clients, config, num_pages=num_pages)
         self._waiting = WaitingQueue(self._clients, config.ageing_steps)
         self._roster = Roster(self._clients, self._waiting, self._residents, self.sessions, self.swapping)
         self._deadlines = Deadlines(lambda request: bool(self._roster.live(request)))
