@@ -9,7 +9,7 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 
 from ferrum_rt.interfaces.config import SchedulerConfig
-from ferrum_rt.interfaces.errors import NotFound, RequestValidationError
+from ferrum_rt.interfaces.errors import EngineFailed, NotFound, RequestValidationError
 from ferrum_rt.interfaces.kv_cache import KvCacheFork, KvCacheHandle
 from ferrum_rt.interfaces.scheduler import SequenceRequest
 from ferrum_rt.interfaces.types import ClientId, RequestId, SessionId, TokenId
@@ -22,7 +22,7 @@ _Key = tuple[ClientId, SessionId]
 
 
 @dataclass(slots=True, eq=False)
-class _Session:
+class Session:
     """All of ``tokens`` are computed in the pages of ``held``, which are kept in the pool, or on the host."""
 
     tokens: list[TokenId]
@@ -41,7 +41,7 @@ class Sessions:
         self.now = 0.0
         self._cache, self._swapping = cache, swapping
         self._clients, self._num_pages = clients, num_pages
-        self._sessions: dict[_Key, _Session] = {}
+        self._sessions: dict[_Key, Session] = {}
         self._keys: dict[KvCacheHandle | HostPages, _Key] = {}
         # What first samples have left that ended before others of their request.
         self._ended: dict[RequestId, tuple[list[TokenId], KvCacheHandle]] = {}
@@ -70,7 +70,7 @@ class Sessions:
             raise RequestValidationError(f"new_session_id: there is a session {new_session_id!r} already; end it first")
         held = session.held
         too = self._swapping.keep_too(held) if isinstance(held, HostPages) else self._cache.keep_too(held)
-        self._put((client_id, new_session_id), _Session(session.tokens, too, self.now))
+        self._put((client_id, new_session_id), Session(session.tokens, too, self.now))
 
     # -- for the scheduler --------------------------------------------------------------------------------------------
 
@@ -123,7 +123,7 @@ class Sessions:
             return
         if (former := self._sessions.get(key)) is not None:
             self._give_up(former)
-        self._put(key, _Session(*ended, self.now))
+        self._put(key, Session(*ended, self.now))
 
     def drop(self, request_id: RequestId) -> None:
         """The request has not ended well: what its samples have left so far goes too."""
@@ -147,9 +147,18 @@ class Sessions:
         self.config = config
         self._trim()
 
+    def verify(self) -> None:
+        """Check that each session has its pages, and that nothing else is kept for one; raises EngineFailed."""
+        for key, session in self._sessions.items():
+            pages = session.held.pages if isinstance(session.held, HostPages) else session.held.table.pages
+            if self._keys.get(session.held) != key or len(pages) != self._cache.pages_for(len(session.tokens)):
+                raise EngineFailed(f"session ledger: {key} has {len(pages)} pages for {len(session.tokens)} tokens")
+        if len(self._keys) != len(self._sessions):
+            raise EngineFailed(f"session ledger: {len(self._keys)} claims on pages for {len(self._sessions)} sessions")
+
     # -- bookkeeping --------------------------------------------------------------------------------------------------
 
-    def _put(self, key: _Key, session: _Session) -> None:
+    def _put(self, key: _Key, session: Session) -> None:
         self._sessions[key] = session
         self._keys[session.held] = key
         self._trim()
@@ -180,7 +189,7 @@ class Sessions:
             self._sessions[key] = session
             session.used_at = self.now
 
-    def _give_up(self, session: _Session) -> None:
+    def _give_up(self, session: Session) -> None:
         held = session.held
         self._lost(held)
         if isinstance(held, HostPages):
@@ -211,7 +220,7 @@ def _key_of(request: SequenceRequest) -> _Key | None:
     return None if request.session_id is None else (request.client_id, request.session_id)
 
 
-def _num_reusable(session: _Session, tokens: Tokens[TokenId]) -> int:
+def _num_reusable(session: Session, tokens: Tokens[TokenId]) -> int:
     """Of these tokens, those that the session has; at least the last is left to compute."""
     return min(_num_common(session.tokens, tokens), len(tokens) - 1)
 

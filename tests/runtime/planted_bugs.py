@@ -16,6 +16,8 @@ from ferrum_rt.runtime.planned import Entry
 from ferrum_rt.runtime.roster import Roster
 from ferrum_rt.runtime.scheduler import UnifiedScheduler
 from ferrum_rt.runtime.sequence import Sequence, SequenceState
+from ferrum_rt.runtime.sessions import Session, Sessions
+from ferrum_rt.runtime.swapping import HostPages, Swapping
 from ferrum_rt.runtime.trials import Trials
 from ferrum_rt.runtime.waiting import WaitingQueue
 
@@ -51,13 +53,19 @@ class PublishBeforeCommit(UnifiedScheduler):
         return plan
 
 
-class _WithRoster(UnifiedScheduler):
-    """One whose roster has the bug."""
+class WithParts(UnifiedScheduler):
+    """One with parts of another type."""
 
-    roster_type: type[Roster]
+    swapping_type: type[Swapping] = Swapping
+    sessions_type: type[Sessions] = Sessions
+    roster_type: type[Roster] = Roster
 
     def __init__(self, cache: PagedKvCache, **fields: Any) -> None:
         super().__init__(cache, **fields)
+        num_host_pages, page_bytes = fields["num_host_pages"], fields["page_bytes"]
+        self.swapping = self.swapping_type(cache, self._pace.costs, num_pages=num_host_pages, page_bytes=page_bytes)
+        config, num_pages = fields["config"], fields["num_pages"]
+        self.sessions = self.sessions_type(cache, self.swapping, self._clients, config, num_pages=num_pages)
         self._roster = self.roster_type(self._clients, self._waiting, self._residents, self.sessions, self.swapping)
 
 
@@ -67,7 +75,7 @@ class _LeakyRoster(Roster):
             super()._leave(sequence)
 
 
-class LeakedParked(_WithRoster):
+class LeakedParked(WithParts):
     """A parked sequence that ends stays among the parked."""
 
     roster_type = _LeakyRoster
@@ -101,7 +109,7 @@ class _BlindRoster(Roster):
         return [one for one in live if one.state is not SequenceState.PARKED] if self.is_expiring else live
 
 
-class DeafToParkedDeadlines(_WithRoster):
+class DeafToParkedDeadlines(WithParts):
     """A parked request outlives its deadline."""
 
     roster_type = _BlindRoster
@@ -215,7 +223,7 @@ class _KeepingRoster(Roster):
         super().finish(sequence, ends_well=True)
 
 
-class KeepsWhatFailed(_WithRoster):
+class KeepsWhatFailed(WithParts):
     """A session has what was planned for its request, be it computed or not."""
 
     roster_type = _KeepingRoster
@@ -229,7 +237,7 @@ class _LavishRoster(Roster):
             self._swapping._free += swapped.pages
 
 
-class HostPageFreedTwice(_WithRoster):
+class HostPageFreedTwice(WithParts):
     """What a sequence that ends had on the host is given back once more than it was taken."""
 
     roster_type = _LavishRoster
@@ -242,3 +250,40 @@ class CopiedBeforeItArrives(UnifiedScheduler):
         is_admitted = super()._admit(sequence, step, entries)
         self.swapping.arriving.clear()
         return is_admitted
+
+
+class _HastySwapping(Swapping):
+    def _read(self) -> set[int]:
+        return set()
+
+
+class HostPageFreedTooEarly(WithParts):
+    """What is read from the host in a step may be written there in the same step, in which going out comes first."""
+
+    swapping_type = _HastySwapping
+
+
+class _CarelessSwapping(Swapping):
+    def read(self, sequence: Sequence, handle: KvCacheHandle, kept: HostPages, num_tokens: int) -> None:
+        super().read(sequence, handle, kept, num_tokens)
+        self._in.pop()
+
+
+class LastPageLeftBehind(WithParts):
+    """A session comes back from the host without its last page."""
+
+    swapping_type = _CarelessSwapping
+
+
+class _HoardingSessions(Sessions):
+    def _give_up(self, session: Session) -> None:
+        if isinstance(session.held, HostPages):
+            self._lost(session.held)
+        else:
+            super()._give_up(session)
+
+
+class HostPagesOutliveSessions(WithParts):
+    """A session that ends leaves its pages on the host."""
+
+    sessions_type = _HoardingSessions
