@@ -14,10 +14,15 @@ import pytest
 import torch
 
 from ferrum_rt import FinishReason, InferenceRequest, InferenceResponse, RequestId, SessionId
-from ferrum_rt.interfaces.model_executor import StepOutput
+from ferrum_rt.interfaces.config import build_config
+from ferrum_rt.interfaces.model_executor import PageSwap, SlotAssignment, StepInput, StepOutput, UnifiedBatch
 from ferrum_rt.interfaces.requests import RequestFields
+from ferrum_rt.interfaces.sampler import SamplingConfig
 from ferrum_rt.interfaces.scheduler import BatchPlan, SequenceUpdate
+from ferrum_rt.runtime.executor import DecoderExecutor
+from ferrum_rt.runtime.loader import load_model
 from ferrum_rt.runtime.runtime import Runtime, open_runtime
+from ferrum_rt.runtime.step_rows import parts_of
 
 PROMPTS = ["def ", "import ", "class ", "    for i in range(", "# The ", "try:\n    ", "return ", '"""Return ']
 
@@ -223,3 +228,22 @@ async def test_a_session_comes_back_from_the_host() -> None:
             assert swapping.num_out > num_out
         assert swapping.num_in > 0
         swapping.verify()
+
+
+@pytest.mark.slow
+def test_what_goes_out_is_on_the_host_though_the_step_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that the sampler breaks has swapped out all the same: the scheduler counts on it."""
+    executor = load_model(build_config(None, None, {"dtype": "float32", "memory": {"swap_bytes": 2**20}})).executor
+    assert isinstance(executor, DecoderExecutor)
+    with torch.inference_mode():
+        for part in parts_of(executor._cache):
+            part[: executor._block_size] = 7.0
+    monkeypatch.delattr(type(executor._sampler), "assign")
+    assigned = SlotAssignment(0, RequestId("r"), SamplingConfig(), [1])
+
+    with pytest.raises(AttributeError, match="assign"):
+        executor.execute(StepInput([assigned], [], [], UnifiedBatch([], []), swapped_out=[PageSwap(0, 2)]))
+
+    for host in executor._host_pages:
+        assert bool((host[2 * executor._block_size : 3 * executor._block_size] == 7.0).all())
+    executor.close()

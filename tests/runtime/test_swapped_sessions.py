@@ -93,6 +93,26 @@ def test_a_turn_that_parts_gets_what_is_common() -> None:
     assert 0 < swapping_of(chat).num_in < 3, "the first page was published, and not needed by others"
 
 
+def test_pages_that_a_request_shares_go_to_the_host_too() -> None:
+    """A session of which a live request holds the first two pages has all of them on the host, and back when that request
+    has ended."""
+    chat = host_chat()
+    text = chat.turn([1, 2, 3, 4, 5])
+    (session,) = chat.sessions._sessions.values()
+    assert isinstance(session.held, KvCacheHandle)
+    name = chat.begin([*text[:8], 99], max_tokens=30)
+    while num_host_pages(chat) == 0:
+        assert chat.schedule.step()
+        if isinstance(session.held, KvCacheHandle):
+            assert chat.schedule.cache.num_shared_tokens(session.held) == 8
+    assert num_host_pages(chat) == 3
+    chat.schedule.scheduler.cancel(name)
+    chat.schedule.run()
+    take_all_pages(chat)
+    chat.turn([*text, 7])
+    assert chat.num_prefilled == 2
+
+
 def test_a_turn_that_does_not_end_well_leaves_it_on_the_host() -> None:
     """A request that is cancelled, or fails, changes nothing of its session; two at once go on from it both."""
     chat = host_chat()
@@ -148,16 +168,24 @@ def test_a_fork_shares_the_host_pages() -> None:
     assert (chat.num_prefilled, num_host_pages(chat)) == (2, 0)
 
 
-def test_the_least_recently_used_makes_room_on_the_host() -> None:
-    """Where the host is full, another session goes there in place of the one that was used longest ago."""
+@pytest.mark.parametrize("used", [None, "first"])
+def test_the_least_recently_used_makes_room_on_the_host(used: str | None) -> None:
+    """Where the host is full, another session goes there in place of the one that was used longest ago; a turn is a use,
+    even if it is cancelled."""
     chat = host_chat(num_host_pages=7)
-    texts = {}
+    texts: dict[str, list[int]] = {}
     for name in ("first", "second", "third"):
+        if name == "third" and used is not None:
+            cancelled = chat.begin([*texts[used], 7], session=used)
+            chat.schedule.step()
+            chat.schedule.scheduler.cancel(cancelled)
+            chat.schedule.run()
         texts[name] = chat.turn([*name.encode()[:5], 1], session=name)
         take_all_pages(chat)
     assert num_host_pages(chat) == 6
-    assert not chat.sessions.end(DEFAULT, SessionId("first"))
-    for name in ("third", "second"):
+    gone, stays = ("first", "second") if used is None else ("second", "first")
+    assert not chat.sessions.end(DEFAULT, SessionId(gone))
+    for name in ("third", stays):
         chat.turn([*texts[name], 7], session=name)
         assert chat.num_prefilled == 2
 
