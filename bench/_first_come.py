@@ -19,7 +19,7 @@ class _Queue(WaitingQueue):
     def __len__(self) -> int:
         return len(self._queue)
 
-    def push(self, sequence: Sequence, step: int) -> None:
+    def push(self, sequence: Sequence) -> None:
         self._queue[sequence] = None
         if sequence.num_starts:
             self._queue.move_to_end(sequence, last=False)
@@ -39,7 +39,7 @@ class _Queue(WaitingQueue):
     def serve(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def age(self, step: int) -> None:
+    def age(self) -> None:
         pass
 
     def forget(self) -> None:

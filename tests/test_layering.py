@@ -42,9 +42,11 @@ RUNTIME_ORDER = (
     ("template_budget", "tracing", "admission", "pressure"),
     ("engine", "simulation"),
     ("scheduler", "executor", "cuda_executor"),
-    ("scheduler_reports",),
+    ("scheduler_reports", "roster", "claims"),
     (
         "residents",
+        "sessions",
+        "swapping",
         "waiting",
         "planned",
         "trials",
@@ -61,7 +63,7 @@ RUNTIME_ORDER = (
 PURE = tuple(
     f"ferrum_rt.runtime.{name}"
     for name in (
-        *("scheduler", "residents", "waiting", "planned", "trials", "pace"),
+        *("scheduler", "roster", "residents", "waiting", "planned", "trials", "pace"),
         *("saved_state", "scheduler_reports", "clients", "cost_model", "deadlines", "pages", "sequence"),
         *("simulation.seeds", "simulation.capacity"),
     )

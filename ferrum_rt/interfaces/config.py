@@ -106,8 +106,9 @@ class MemoryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     On a GPU the pool also fits in what is left of ``utilization``, a fraction of the whole GPU's memory, besides weights,
     the largest step and what others use there.
 
-    Pages of preempted requests may be swapped to ``swap_bytes`` of the host's memory, where that is faster than computing
-    them again. None is 0: on the CPU it would be a copy from memory to memory, and on CUDA it is not done yet.
+    Pages of preempted requests, and of sessions that others take them from, may be swapped to ``swap_bytes`` of the host's
+    memory, where that is faster than computing them again. None is 0: on the CPU it would be a copy from memory to memory,
+    and on CUDA it is not done yet.
     """
 
     kv_cache_bytes: int | None = None

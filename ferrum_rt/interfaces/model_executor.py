@@ -78,7 +78,8 @@ class PageSwap(msgspec.Struct, gc=False):
 
 class StepInput(msgspec.Struct):
     """One step: first what changed in the slots and the pages, then the batch to run. What pages hold is moved in this
-    order: from ``swapped_out`` pages to the host's, then ``copied``, then to ``swapped_in`` pages from the host's."""
+    order: from ``swapped_out`` pages to the host's, then ``copied``, then to ``swapped_in`` pages from the host's. What is
+    swapped out counts as done even if the step fails."""
 
     assigned: list[SlotAssignment]
     appended: list[PageAppend]

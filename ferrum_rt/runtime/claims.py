@@ -42,13 +42,18 @@ def claim_pages(
         reuse_prefix=not sequence.wants_scores,
     )
     is_first = fork is None and not sequence.num_outputs and not is_swapped
-    if fork is None and not is_swapped and request.session_id is not None and not sequence.wants_scores:
+    goes_on = fork is None and not is_swapped and request.session_id is not None and not sequence.wants_scores
+    if goes_on:
         fork = sessions.resume(request, sequence.tokens, cache.num_hits(wanted))
     handle = cache.allocate(wanted) if fork is None else fork.handle
+    if handle is None:
+        return None
     if fork is not None and fork.copy is not None:
         step.copied.append(PageCopy(*fork.copy))
-    if handle is not None and is_first:
-        sequence.num_cached_tokens = handle.num_cached_tokens
-    if handle is not None and is_swapped:
+    if is_swapped:
         swapping.swap_in(sequence, handle)
+    elif goes_on and fork is None:
+        sessions.bring_back(sequence, handle)
+    if is_first:
+        sequence.num_cached_tokens = handle.num_cached_tokens
     return handle

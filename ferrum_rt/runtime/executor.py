@@ -81,19 +81,18 @@ class DecoderExecutor:
 
     def _take_over(self, step: StepInput) -> None:
         """What changed in the slots and the pages since the last step."""
+        for swap in step.swapped_out:  # first, for it counts as done even if the step fails
+            self._move(swap, to_host=True)
         for assigned in step.assigned:
             self._sampler.assign(assigned.slot, assigned.sampling, assigned.history)
         at, pages = table_changes(step, self._block_tables.shape[1])
         if at:
             self._block_tables.view(-1)[at] = torch.tensor(pages)
-        for swap in step.swapped_out:
-            self._move(swap, to_host=True)
         if step.copied:
             sources = page_rows(torch.tensor([item.source for item in step.copied]), self._block_size)
             targets = page_rows(torch.tensor([item.target for item in step.copied]), self._block_size)
             for layer in self._cache:
                 self._decoder.ops.copy_kv(layer, sources, targets)
-
         for swap in step.swapped_in:
             self._move(swap, to_host=False)
 

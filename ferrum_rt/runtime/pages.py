@@ -169,6 +169,10 @@ class PagedKvCache:
         self._kept[handle] = None
         return handle
 
+    def count_hit(self, num_tokens: int) -> None:
+        """So many tokens that a handle was to have computed came from elsewhere."""
+        self._hit_tokens += num_tokens
+
     def give_up(self, kept: KvCacheHandle) -> None:
         """It is kept no longer."""
         self._check_held(kept, self._kept)
@@ -183,8 +187,8 @@ class PagedKvCache:
 
     def num_shared_tokens(self, handle: KvCacheHandle) -> int:
         """Tokens at its start in pages that other live sequences hold too."""
-        pages = handle.table.pages
-        first = next((index for index, page in enumerate(pages) if self._refcounts[page] < 2), len(pages))
+        pages, own = handle.table.pages, handle in self._handles
+        first = next((index for index, page in enumerate(pages) if self._refcounts[page] <= own), len(pages))
         return first * self.block_size
 
     def num_kept_alone(self, kept: Iterable[KvCacheHandle]) -> int:

@@ -37,10 +37,10 @@ class PlannedStep(NamedTuple):
     num_swaps: int = 0
 
 
-def work_of(entries: list[Entry]) -> StepWork:
-    """What a step with these computes."""
+def work_of(entries: list[Entry], beside: StepWork = StepWork(0, 0, 0)) -> StepWork:  # noqa: B008 - it is frozen
+    """What a step with these computes, ``beside`` other work."""
     return StepWork(
-        num_tokens=sum(entry.end - entry.start for entry in entries),
-        num_sequences=len(entries),
-        num_context=sum(entry.end for entry in entries),
+        num_tokens=beside.num_tokens + sum(entry.end - entry.start for entry in entries),
+        num_sequences=beside.num_sequences + len(entries),
+        num_context=beside.num_context + sum(entry.end for entry in entries),
     )

@@ -45,11 +45,13 @@ from ferrum_rt.interfaces.types import (
 )
 from ferrum_rt.runtime.claims import claim_pages
 from ferrum_rt.runtime.clients import Clients
+from ferrum_rt.runtime.cost_model import StepWork
 from ferrum_rt.runtime.deadlines import Deadlines
 from ferrum_rt.runtime.pace import Pace
 from ferrum_rt.runtime.pages import PagedKvCache
 from ferrum_rt.runtime.planned import Entry, PlannedStep, work_of
 from ferrum_rt.runtime.residents import Residents
+from ferrum_rt.runtime.roster import Roster
 from ferrum_rt.runtime.saved_state import restored, save
 from ferrum_rt.runtime.scheduler_reports import diagnose, estimate_wait
 from ferrum_rt.runtime.sequence import Sequence, SequenceState
@@ -81,17 +83,14 @@ class UnifiedScheduler:
         self._num_pages = num_pages
         self._max_model_len = max_model_len
         self._residents = Residents(cache, self._clients, num_slots=num_slots, num_pages=num_pages)
-        self.sessions = Sessions(cache, self._clients, config, num_pages=num_pages)
         self.swapping = Swapping(cache, self._pace.costs, num_pages=num_host_pages, page_bytes=page_bytes)
-        self._sequences: dict[RequestId, list[Sequence]] = {}  # the samples of each request that have not ended
+        self.sessions = Sessions(cache, self.swapping, self._clients, config, num_pages=num_pages)
         self._waiting = WaitingQueue(self._clients, config.ageing_steps)
-        self._parked: dict[Sequence, None] = {}
-        self._deadlines = Deadlines(lambda request: bool(self._live(request)))
+        self._roster = Roster(self._clients, self._waiting, self._residents, self.sessions, self.swapping)
+        self._deadlines = Deadlines(lambda request: bool(self._roster.live(request)))
         self._in_flight: deque[PlannedStep] = deque()
         self._trials = Trials()
-        self._num_arrivals = 0
-        self._num_batches = self._num_plans = 0
-        self._num_preemptions = 0
+        self._num_batches = 0
         self._prompt_tokens = 0
         self._generated_tokens = 0
 
@@ -99,21 +98,15 @@ class UnifiedScheduler:
 
     def submit(self, request: SequenceRequest) -> None:
         """Queue a request; raises RequestValidationError for one that could never fit, with the numbers."""
-        if request.request_id in self._sequences:
+        if request.request_id in self._roster.sequences:
             raise RequestValidationError(f"id: a request {request.request_id!r} is already under way")
         num_prompt = len(request.token_ids)
         self._check_fits(num_prompt, request.max_tokens)
         fault = self._clients.why_not_queue(request.client_id, num_prompt)
         if fault is not None:
             raise ResourceExhausted(fault, retry_after=self.estimated_wait_s())
-        samples = [Sequence(request, self._num_arrivals + index, index) for index in range(request.num_samples)]
-        self._num_arrivals += len(samples)
         self._prompt_tokens += num_prompt
-        self._sequences[request.request_id] = samples
-        self._clients.arrive(request.client_id, len(samples))
-        for sequence in samples[1:]:
-            sequence.state = SequenceState.HELD
-        self._wait(samples[0])
+        self._roster.arrive(request)
         if request.deadline is not None:
             self._deadlines.add(request.deadline - self._pace.soonest(num_prompt), request)
 
@@ -121,35 +114,25 @@ class UnifiedScheduler:
         """Drop a request, or one of its samples, wherever it is, and free the pages now; False if it is not here (any
         more)."""
         self.sessions.drop(request_id)
-        samples = [sequence for sequence in self._sequences.get(request_id, ()) if index in (None, sequence.index)]
+        samples = self._roster.samples(request_id, index)
         for sequence in samples:
-            self._finish(sequence)
+            self._roster.finish(sequence)
         return bool(samples)
 
     def end_well(self, request_id: RequestId, index: int) -> bool:
         """As ``cancel``, of a sample whose output is complete: what it computed may stay with its session."""
-        samples = [sequence for sequence in self._sequences.get(request_id, ()) if sequence.index == index]
+        samples = self._roster.samples(request_id, index)
         for sequence in samples:
-            self._finish(sequence, ends_well=True)
+            self._roster.finish(sequence, ends_well=True)
         return bool(samples)
 
     def park(self, request_id: RequestId) -> None:
         """Leave a request out of the coming steps. Slots and pages stay with it until somebody waits for them."""
-        for sequence in self._sequences.get(request_id, ()):
-            if sequence.state not in (SequenceState.PARKED, SequenceState.HELD):
-                self._leave_queue(sequence)
-                sequence.state = SequenceState.PARKED
-                self._parked[sequence] = None
+        self._roster.park(request_id)
 
     def unpark(self, request_id: RequestId) -> None:
         """Let a parked request go on."""
-        for sequence in reversed(self._sequences.get(request_id, ())):
-            if sequence.state is SequenceState.PARKED:
-                del self._parked[sequence]
-                if sequence.handle is not None:
-                    self._run(sequence)
-                else:
-                    self._wait(sequence)
+        self._roster.unpark(request_id)
 
     def expire(self, now: float) -> list[SequenceUpdate]:
         """End the requests whose deadline has passed: with what they have, or with DeadlineExceeded if that is nothing; and
@@ -157,7 +140,7 @@ class UnifiedScheduler:
         updates = []
         self.sessions.expire(now)
         for due, request in self._deadlines.passed(now):
-            samples = self._live(request)
+            samples = self._roster.live(request)
             assert request.deadline is not None  # it would not be here
             if due < request.deadline and samples[0].num_starts:
                 self._deadlines.add(request.deadline, request)
@@ -168,7 +151,7 @@ class UnifiedScheduler:
                 updates.append(self._fail(request, DeadlineExceeded(f"the deadline cannot be met: {why}")))
                 continue
             for sequence in samples:
-                self._finish(sequence)
+                self._roster.finish(sequence)
                 updates.append(_update(sequence, finish_reason=FinishReason.DEADLINE))
         return updates
 
@@ -187,17 +170,17 @@ class UnifiedScheduler:
 
     def export_state(self, now: float) -> SavedState:
         """What is under way, replayable by ``import_state``."""
-        return save(self._sequences.values(), self._waiting.counters(), now)
+        return save(self._roster.sequences.values(), self._waiting.counters(), now)
 
     def import_state(self, state: SavedState, now: float) -> None:
         """Take over what another scheduler had under way: it is computed again, and goes on greedily."""
         for saved in state.requests:
             self.submit(restored(saved, now))
-            for sequence in list(self._sequences[saved.request_id]):
+            for sequence in list(self._roster.sequences[saved.request_id]):
                 if sequence.index in saved.outputs:
                     sequence.tokens += saved.outputs[sequence.index]
                 else:
-                    self._finish(sequence)
+                    self._roster.finish(sequence)
             if saved.is_parked:
                 self.park(saved.request_id)
         self._waiting.restore({Priority[name.upper()]: counters for name, counters in state.served.items()})
@@ -216,12 +199,12 @@ class UnifiedScheduler:
     def statistics(self) -> SchedulerStats:
         cache = self._cache.statistics()
         running = {sequence.request.request_id for sequence in self._residents.running}
-        parked = {sequence.request.request_id for sequence in self._parked} - running
+        parked = {sequence.request.request_id for sequence in self._roster.parked} - running
         return SchedulerStats(
             running=len(running),
-            waiting=len(self._sequences) - len(running) - len(parked),
+            waiting=len(self._roster.sequences) - len(running) - len(parked),
             parked=len(parked),
-            preemptions=self._num_preemptions,
+            preemptions=self._roster.num_preemptions,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=cache.hit_tokens,
             generated_tokens=self._generated_tokens,
@@ -234,29 +217,30 @@ class UnifiedScheduler:
         """The next step, or None when there is nothing to compute."""
         step = StepInput([], [], [], UnifiedBatch([], []))
         entries: list[Entry] = []
-        self._num_plans += 1
+        decodes, num_decodes = StepWork(0, 0, 0), 0
         self.sessions.now = hint.now
-        self._waiting.age(self._num_plans)
+        self._waiting.age()
         if self._trials:
             self._plan_trial(step, entries, hint.max_tokens)
         else:
             self._make_way()
-            preemptions = self._num_preemptions
+            preemptions = self._roster.num_preemptions
             self._plan_decodes(step, entries)
-            may_admit = self._num_preemptions == preemptions  # else what was freed is owed to those who run
-            self._plan_prompts(
-                step, entries, self._pace.prefill_budget(hint.max_tokens, work_of(entries)), may_admit=may_admit
-            )
+            may_admit = self._roster.num_preemptions == preemptions  # else what was freed is owed to those who run
+            decodes, num_decodes = work_of(entries), len(entries)
+            budget = self._pace.prefill_budget(hint.max_tokens, decodes)
+            self._plan_prompts(step, entries, budget, may_admit=may_admit)
         for entry in entries:
             if entry.samples:
-                self._release_samples(entry.sequence)
+                self._roster.release_samples(entry.sequence)
         if not step.batch:
             return None
         self._num_batches += 1
         batch_id = BatchId(self._num_batches)
         self.swapping.carry_out(step)
         num_swaps = len(step.swapped_out) + len(step.swapped_in)
-        self._in_flight.append(PlannedStep(batch_id, entries, work_of(entries), num_swaps))
+        work = work_of(entries[num_decodes:], beside=decodes)
+        self._in_flight.append(PlannedStep(batch_id, entries, work, num_swaps))
         return BatchPlan(batch_id=batch_id, step=step)
 
     def commit(self, plan: BatchPlan, output: StepOutput, step_s: float | None = None) -> list[SequenceUpdate]:
@@ -286,7 +270,7 @@ class UnifiedScheduler:
                 updates.append(self._append(sequence, sampled.token_id, sampled, prompt_scores))
             elif prompt_scores:
                 updates.append(_update(sequence, prompt_scores=prompt_scores))
-        if self._sequences:  # else nobody is owed anything
+        if self._roster.sequences:  # else nobody is owed anything
             for (priority, client_id), count in served.items():
                 self._waiting.serve(priority, client_id, num_outputs=count)
         return updates
@@ -295,11 +279,11 @@ class UnifiedScheduler:
         """A step could not be run. A request that was in it alone is the cause, and ends; several are computed again, in two
         parts, and so on until it is found: what others generate is what it would have been."""
         requests = {entry.sequence.request.request_id: entry.sequence.request for entry in self._landed(plan).entries}
-        alive = [request for request in requests.values() if self._live(request)]
+        alive = [request for request in requests.values() if self._roster.live(request)]
         if len(requests) == 1:
             return [self._fail(request, error) for request in alive]
         # All samples of each, whichever was in the step: those that share its pages have them from there.
-        self._trials.split([[one for one in self._live(request) if self._take_back(one)] for request in alive])
+        self._trials.split([[one for one in self._roster.live(request) if self._roster.take_back(one)] for request in alive])
         return []
 
     # -- planning -----------------------------------------------------------------------------------------------------
@@ -313,12 +297,12 @@ class UnifiedScheduler:
                 return
             if self._residents.has_room_for(first):
                 return
-            if self._preempt_parked():
+            if self._roster.preempt_parked():
                 continue
             victim = self._residents.less_entitled(first)
             if victim is None:
                 return
-            self._preempt(victim)
+            self._roster.preempt(victim)
 
     def _plan_decodes(self, step: StepInput, entries: list[Entry]) -> None:
         for sequence in list(self._residents.running):
@@ -358,15 +342,11 @@ class UnifiedScheduler:
         handle = None
         while handle is None:
             handle = self._claim_pages(sequence, step, entries) if self._residents.has_free_slot else None
-            if handle is None and not self._preempt_parked():
+            if handle is None and not self._roster.preempt_parked():
                 return False
-        request = sequence.request
-        self._waiting.admit(sequence)
-        self._clients[request.client_id].num_queued_tokens -= len(request.token_ids)
-        slot = self._residents.settle(sequence, handle)
-        self._run(sequence)
-        pages = list(handle.table.pages)
-        step.assigned.append(SlotAssignment(slot, request.request_id, sequence.sampling, pages, sequence.history))
+        slot = self._roster.admit(sequence, handle)
+        pages, name = list(handle.table.pages), sequence.request.request_id
+        step.assigned.append(SlotAssignment(slot, name, sequence.sampling, pages, sequence.history))
         return True
 
     def _plan_trial(self, step: StepInput, entries: list[Entry], budget: int) -> None:
@@ -379,21 +359,15 @@ class UnifiedScheduler:
                 others = [other for other in self._residents.running if other not in members]
                 if not others:
                     return
-                self._preempt(others[-1])
+                self._roster.preempt(others[-1])
             if budget > 0:
                 budget -= self._plan_chunk(sequence, step, entries, budget)
 
     def _claim_pages(self, sequence: Sequence, step: StepInput, entries: list[Entry]) -> KvCacheHandle | None:
         request = sequence.request
-        samples = self._sequences[request.request_id]
+        samples = self._roster.sequences[request.request_id]
         too_fresh = {entry.sequence for entry in entries if entry.start < len(request.token_ids)} | self.swapping.arriving
         return claim_pages(self._cache, self.sessions, self.swapping, sequence, samples, too_fresh, step)
-
-    def _release_samples(self, first: Sequence) -> None:
-        """The prompt of ``first`` is computed by the step just planned; from the next on its siblings can share it."""
-        for sequence in reversed(self._sequences[first.request.request_id]):
-            if sequence.state is SequenceState.HELD:
-                self._wait(sequence)
 
     def _plan_chunk(self, sequence: Sequence, step: StepInput, entries: list[Entry], budget: int) -> int:
         start = sequence.num_planned
@@ -421,39 +395,9 @@ class UnifiedScheduler:
                 if len(pages) > known and sequence.slot is not None:
                     step.appended.append(PageAppend(sequence.slot, known, pages[known]))
                 return handle
-            if not self._preempt_parked():
-                self._preempt(self._residents.running[-1])
+            if not self._roster.preempt_parked():
+                self._roster.preempt(self._residents.running[-1])
         return None
-
-    def _preempt_parked(self) -> bool:
-        for sequence in self._parked:
-            if sequence.handle is not None:
-                self.swapping.swap_out(sequence)
-                self._residents.release(sequence)
-                self._num_preemptions += 1
-                return True
-        return False
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self._residents.running.remove(sequence)
-        self.swapping.swap_out(sequence)
-        self._residents.release(sequence)
-        self._wait(sequence)
-        self._num_preemptions += 1
-
-    def _take_back(self, sequence: Sequence) -> bool:
-        """What steps that have not landed compute for it does not count; False if it had nothing of them."""
-        is_swapped = sequence in self.swapping
-        self.swapping.drop(sequence)
-        if sequence.handle is None and not sequence.num_pending and not is_swapped:
-            return False
-        self._residents.release(sequence)
-        if sequence.state is SequenceState.RUNNING:
-            self._residents.running.remove(sequence)
-            self._wait(sequence)
-        sequence.num_pending = 0
-        sequence.num_retries += 1
-        return sequence.state is SequenceState.WAITING
 
     # -- bookkeeping --------------------------------------------------------------------------------------------------
 
@@ -472,25 +416,11 @@ class UnifiedScheduler:
                 f"tokens, and the engine has {self._num_pages}; raise kv_cache.num_pages or ask for less"
             )
 
-    def _wait(self, sequence: Sequence) -> None:
-        sequence.state = SequenceState.WAITING
-        self._waiting.push(sequence, self._num_plans)
-        self._clients[sequence.request.client_id].num_queued_tokens += len(sequence.request.token_ids)
-
-    def _run(self, sequence: Sequence) -> None:
-        sequence.state = SequenceState.RUNNING
-        self._residents.join(sequence)
-
     def _landed(self, plan: BatchPlan) -> PlannedStep:
         planned = self._in_flight.popleft()
         if planned.batch_id != plan.batch_id:
             raise EngineFailed(f"step {plan.batch_id} was returned before step {planned.batch_id}")
         return planned
-
-    def _live(self, request: SequenceRequest) -> list[Sequence]:
-        """The request's samples that have not ended."""
-        samples = self._sequences.get(request.request_id, [])
-        return list(samples) if samples and samples[0].request is request else []
 
     def _take_scores(self, entry: Entry, output: PrefillOutput) -> Items[TokenScores]:
         """Scores of prompt tokens that were not scored before: a prefill may have been cut short and done again."""
@@ -523,47 +453,17 @@ class UnifiedScheduler:
             update.finish_reason = FinishReason.LENGTH
         if update.finish_reason is not None:
             self._pace.ended(sequence.num_outputs)
-            self._finish(sequence, ends_well=True)
+            self._roster.finish(sequence, ends_well=True)
         return update
 
     def _fail(self, request: SequenceRequest, error: FerrumError) -> SequenceUpdate:
         """End a request with all its samples."""
         self.sessions.drop(request.request_id)
-        for sequence in self._live(request):
+        for sequence in self._roster.live(request):
             if sequence.handle is not None:
                 self._cache.unpublish(sequence.handle)  # whatever made it fail may have been in them
-            self._finish(sequence)
+            self._roster.finish(sequence)
         return SequenceUpdate(request_id=request.request_id, token_ids=[], error=error)
-
-    def _finish(self, sequence: Sequence, *, ends_well: bool = False) -> None:
-        self._leave_queue(sequence)
-        self.swapping.drop(sequence)
-        handle = self._residents.leave(sequence)
-        if handle is not None and ends_well:
-            self.sessions.take(sequence, handle)
-        elif handle is not None:
-            self._cache.deallocate(handle)
-        sequence.state = SequenceState.FINISHED
-        self._clients.leave(sequence.request.client_id)
-        samples = self._sequences[sequence.request.request_id]
-        samples.remove(sequence)
-        if samples and all(other.state is SequenceState.HELD for other in samples):
-            self._wait(samples[0])  # the one that was to compute their prompt is gone
-        if not samples:
-            del self._sequences[sequence.request.request_id]
-            self.sessions.settle(sequence.request)
-        if not self._sequences:
-            self._waiting.forget()
-
-    def _leave_queue(self, sequence: Sequence) -> None:
-        match sequence.state:
-            case SequenceState.RUNNING:
-                self._residents.running.remove(sequence)
-            case SequenceState.WAITING:
-                self._waiting.remove(sequence)
-                self._clients[sequence.request.client_id].num_queued_tokens -= len(sequence.request.token_ids)
-            case SequenceState.PARKED:
-                del self._parked[sequence]
 
 
 def _update(

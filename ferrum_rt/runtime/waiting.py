@@ -90,6 +90,7 @@ class WaitingQueue:
     def __init__(self, clients: Clients, ageing_steps: int) -> None:
         self.ageing_steps = ageing_steps
         self._clients = clients
+        self._step = 0
         self._classes = {priority: _Class() for priority in sorted(Priority, reverse=True)}
 
     def __len__(self) -> int:
@@ -99,9 +100,9 @@ class WaitingQueue:
         for own in self._classes.values():
             yield from own.since
 
-    def push(self, sequence: Sequence, step: int) -> None:
-        """It waits from this step on."""
-        self._classes[sequence.priority].push(sequence, step)
+    def push(self, sequence: Sequence) -> None:
+        """It waits from now on."""
+        self._classes[sequence.priority].push(sequence, self._step)
 
     def remove(self, sequence: Sequence) -> None:
         """It waits no more, though it got no slot."""
@@ -158,13 +159,14 @@ class WaitingQueue:
             own.counters.clear()
             own.floor = 0.0
 
-    def age(self, step: int) -> None:
-        """Whoever has waited long enough goes up."""
+    def age(self) -> None:
+        """Another step is planned: whoever has waited long enough goes up."""
+        self._step += 1
         for priority, own in self._classes.items():
             while priority < Priority.CRITICAL and own.since:
                 sequence, since = next(iter(own.since.items()))
-                if step - since < self.ageing_steps:
+                if self._step - since < self.ageing_steps:
                     break
                 own.remove(sequence)
                 sequence.priority = Priority(priority + 1)
-                self._classes[sequence.priority].push(sequence, step)
+                self._classes[sequence.priority].push(sequence, self._step)

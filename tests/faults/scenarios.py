@@ -51,7 +51,7 @@ class CountingRuntime(Runtime):
         assert self.num_started == counts["finished"] + counts["failed"] + counts["cancelled"]
         assert not self._active
         assert self._scheduler.statistics().pages.active == 0
-        assert not self._scheduler._sequences
+        assert not self._scheduler._roster.sequences
         self._cache.verify()
 
 

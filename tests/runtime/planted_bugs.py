@@ -13,8 +13,11 @@ from ferrum_rt.interfaces.scheduler import BatchHint, BatchPlan, SequenceRequest
 from ferrum_rt.interfaces.types import ClientId, RequestId, TokenId
 from ferrum_rt.runtime.pages import PagedKvCache
 from ferrum_rt.runtime.planned import Entry
+from ferrum_rt.runtime.roster import Roster
 from ferrum_rt.runtime.scheduler import UnifiedScheduler
 from ferrum_rt.runtime.sequence import Sequence, SequenceState
+from ferrum_rt.runtime.sessions import Session, Sessions
+from ferrum_rt.runtime.swapping import HostPages, Swapping
 from ferrum_rt.runtime.trials import Trials
 from ferrum_rt.runtime.waiting import WaitingQueue
 
@@ -33,7 +36,7 @@ class LostCancel(UnifiedScheduler):
     """A request whose token is under way is told that it is cancelled, and is not."""
 
     def cancel(self, request_id: RequestId, index: int | None = None) -> bool:
-        if any(sequence.num_pending for sequence in self._sequences.get(request_id, ())):
+        if any(sequence.num_pending for sequence in self._roster.samples(request_id)):
             return True
         return super().cancel(request_id, index)
 
@@ -50,12 +53,32 @@ class PublishBeforeCommit(UnifiedScheduler):
         return plan
 
 
-class LeakedParked(UnifiedScheduler):
+class WithParts(UnifiedScheduler):
+    """One with parts of another type."""
+
+    swapping_type: type[Swapping] = Swapping
+    sessions_type: type[Sessions] = Sessions
+    roster_type: type[Roster] = Roster
+
+    def __init__(self, cache: PagedKvCache, **fields: Any) -> None:
+        super().__init__(cache, **fields)
+        num_host_pages, page_bytes = fields["num_host_pages"], fields["page_bytes"]
+        self.swapping = self.swapping_type(cache, self._pace.costs, num_pages=num_host_pages, page_bytes=page_bytes)
+        config, num_pages = fields["config"], fields["num_pages"]
+        self.sessions = self.sessions_type(cache, self.swapping, self._clients, config, num_pages=num_pages)
+        self._roster = self.roster_type(self._clients, self._waiting, self._residents, self.sessions, self.swapping)
+
+
+class _LeakyRoster(Roster):
+    def _leave(self, sequence: Sequence) -> None:
+        if sequence.state is not SequenceState.PARKED:
+            super()._leave(sequence)
+
+
+class LeakedParked(WithParts):
     """A parked sequence that ends stays among the parked."""
 
-    def _leave_queue(self, sequence: Sequence) -> None:
-        if sequence.state is not SequenceState.PARKED:
-            super()._leave_queue(sequence)
+    roster_type = _LeakyRoster
 
 
 class SwallowedToken(UnifiedScheduler):
@@ -78,20 +101,25 @@ class UnchainedDigests(PagedKvCache):
         return super()._chain(b"", tokens)
 
 
-class DeafToParkedDeadlines(UnifiedScheduler):
+class _BlindRoster(Roster):
+    is_expiring = False
+
+    def live(self, request: SequenceRequest) -> list[Sequence]:
+        live = super().live(request)
+        return [one for one in live if one.state is not SequenceState.PARKED] if self.is_expiring else live
+
+
+class DeafToParkedDeadlines(WithParts):
     """A parked request outlives its deadline."""
 
-    _is_expiring = False
+    roster_type = _BlindRoster
+    _roster: _BlindRoster
 
     def expire(self, now: float) -> list[SequenceUpdate]:
-        self._is_expiring = True
+        self._roster.is_expiring = True
         updates = super().expire(now)
-        self._is_expiring = False
+        self._roster.is_expiring = False
         return updates
-
-    def _live(self, request: SequenceRequest) -> list[Sequence]:
-        live = super()._live(request)
-        return [one for one in live if one.state is not SequenceState.PARKED] if self._is_expiring else live
 
 
 class WrongCulprit(UnifiedScheduler):
@@ -134,7 +162,7 @@ class UnknownName(UnifiedScheduler):
     """A request that has ended cannot be cancelled without a crash."""
 
     def cancel(self, request_id: RequestId, index: int | None = None) -> bool:
-        return bool(self._sequences[request_id]) and super().cancel(request_id, index)
+        return bool(self._roster.sequences[request_id]) and super().cancel(request_id, index)
 
 
 class _MostServedFirst(WaitingQueue):
@@ -152,6 +180,7 @@ class UnfairTie(UnifiedScheduler):
     def __init__(self, cache: PagedKvCache, **fields: Any) -> None:
         super().__init__(cache, **fields)
         self._waiting = _MostServedFirst(self._clients, self._waiting.ageing_steps)
+        self._roster = Roster(self._clients, self._waiting, self._residents, self.sessions, self.swapping)
 
 
 class BlamesEverybody(UnifiedScheduler):
@@ -186,24 +215,32 @@ class NeverCopied(PagedKvCache):
         return self._share(kept, request_id, num_tokens, room, num_shared)
 
 
-class KeepsWhatFailed(UnifiedScheduler):
-    """A session has what was planned for its request, be it computed or not."""
-
-    def _finish(self, sequence: Sequence, *, ends_well: bool = False) -> None:
+class _KeepingRoster(Roster):
+    def finish(self, sequence: Sequence, *, ends_well: bool = False) -> None:
         handle = sequence.handle
         if handle is not None and sequence.request.session_id is not None:
             handle.num_computed = min(sequence.num_planned, len(sequence.tokens))
-        super()._finish(sequence, ends_well=True)
+        super().finish(sequence, ends_well=True)
 
 
-class HostPageFreedTwice(UnifiedScheduler):
+class KeepsWhatFailed(WithParts):
+    """A session has what was planned for its request, be it computed or not."""
+
+    roster_type = _KeepingRoster
+
+
+class _LavishRoster(Roster):
+    def finish(self, sequence: Sequence, *, ends_well: bool = False) -> None:
+        swapped = self._swapping._swapped.get(sequence)
+        super().finish(sequence, ends_well=ends_well)
+        if swapped is not None:
+            self._swapping._free += swapped.pages
+
+
+class HostPageFreedTwice(WithParts):
     """What a sequence that ends had on the host is given back once more than it was taken."""
 
-    def _finish(self, sequence: Sequence, *, ends_well: bool = False) -> None:
-        swapped = self.swapping._swapped.get(sequence)
-        super()._finish(sequence, ends_well=ends_well)
-        if swapped is not None:
-            self.swapping._free += swapped.pages
+    roster_type = _LavishRoster
 
 
 class CopiedBeforeItArrives(UnifiedScheduler):
@@ -213,3 +250,40 @@ class CopiedBeforeItArrives(UnifiedScheduler):
         is_admitted = super()._admit(sequence, step, entries)
         self.swapping.arriving.clear()
         return is_admitted
+
+
+class _HastySwapping(Swapping):
+    def _read(self) -> set[int]:
+        return set()
+
+
+class HostPageFreedTooEarly(WithParts):
+    """What is read from the host in a step may be written there in the same step, in which going out comes first."""
+
+    swapping_type = _HastySwapping
+
+
+class _CarelessSwapping(Swapping):
+    def read(self, sequence: Sequence, handle: KvCacheHandle, kept: HostPages, num_tokens: int) -> None:
+        super().read(sequence, handle, kept, num_tokens)
+        self._in.pop()
+
+
+class LastPageLeftBehind(WithParts):
+    """A session comes back from the host without its last page."""
+
+    swapping_type = _CarelessSwapping
+
+
+class _HoardingSessions(Sessions):
+    def _give_up(self, session: Session) -> None:
+        if isinstance(session.held, HostPages):
+            self._lost(session.held)
+        else:
+            super()._give_up(session)
+
+
+class HostPagesOutliveSessions(WithParts):
+    """A session that ends leaves its pages on the host."""
+
+    sessions_type = _HoardingSessions

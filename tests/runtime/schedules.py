@@ -30,6 +30,7 @@ class Schedule:
         block_size: int = 4,
         max_tokens: int = 64,
         prefix_caching: bool = True,
+        num_host_pages: int = 0,
         step_s: Callable[[StepInput], float] = lambda step: 0.01,
         fails: Callable[[StepInput], bool] = lambda step: False,
         **fields: Any,
@@ -45,7 +46,13 @@ class Schedule:
         self.cache = PagedKvCache(num_pages, block_size, prefix_caching=prefix_caching)
         self.executor = FakeExecutor(engine)
         self.scheduler = UnifiedScheduler(
-            self.cache, num_pages=num_pages, num_slots=num_slots, max_model_len=1024, config=engine.scheduler
+            self.cache,
+            num_pages=num_pages,
+            num_slots=num_slots,
+            max_model_len=1024,
+            config=engine.scheduler,
+            num_host_pages=num_host_pages,
+            page_bytes=1000,
         )
         self.config: SchedulerConfig = engine.scheduler
         self.now = 0.0

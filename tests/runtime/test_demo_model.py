@@ -13,11 +13,16 @@ import anyio
 import pytest
 import torch
 
-from ferrum_rt import FinishReason, InferenceResponse, RequestId, SessionId
-from ferrum_rt.interfaces.model_executor import StepOutput
+from ferrum_rt import FinishReason, InferenceRequest, InferenceResponse, RequestId, SessionId
+from ferrum_rt.interfaces.config import build_config
+from ferrum_rt.interfaces.model_executor import PageSwap, SlotAssignment, StepInput, StepOutput, UnifiedBatch
 from ferrum_rt.interfaces.requests import RequestFields
+from ferrum_rt.interfaces.sampler import SamplingConfig
 from ferrum_rt.interfaces.scheduler import BatchPlan, SequenceUpdate
+from ferrum_rt.runtime.executor import DecoderExecutor
+from ferrum_rt.runtime.loader import load_model
 from ferrum_rt.runtime.runtime import Runtime, open_runtime
+from ferrum_rt.runtime.step_rows import parts_of
 
 PROMPTS = ["def ", "import ", "class ", "    for i in range(", "# The ", "try:\n    ", "return ", '"""Return ']
 
@@ -184,9 +189,8 @@ async def test_a_chat_in_a_session_computes_only_what_is_new() -> None:
 
 
 @pytest.mark.slow
-async def test_preempted_chats_come_back_from_the_host() -> None:
-    """Requests that do not all fit, forced to swap whenever one is preempted, have the text that each has alone; so has a
-    chat's next turn beside them."""
+async def test_preempted_requests_come_back_from_the_host() -> None:
+    """Requests that do not all fit, forced to swap whenever one is preempted, have the text that each has alone."""
     config = {"prefix_caching": False, "num_pages": 12}
     prompts = [list(range(40 + index, 60 + index)) for index in range(4)]
     given: RequestFields = {"max_tokens": 100, "temperature": 1.0, "seed": 7, "ignore_eos": True}
@@ -195,10 +199,51 @@ async def test_preempted_chats_come_back_from_the_host() -> None:
     ) as engine:
         alone = [(await engine.infer(prompt, **given)).text for prompt in prompts]
         swapping = engine._scheduler.swapping
-        swapping.bytes_per_s = float("inf")
-        given["session_id"] = SessionId("chat")
+        swapping.bytes_per_s = 1e15
         found = await engine.infer_batch(prompts, **given)
         assert [item.text for item in found if isinstance(item, InferenceResponse)] == alone
         assert swapping.num_out > 0
         assert swapping.num_in == swapping.num_out
         swapping.verify()
+
+
+@pytest.mark.slow
+async def test_a_session_comes_back_from_the_host() -> None:
+    """A chat whose pages others take between its turns, forced to swap, has the tokens that it has without a session, and
+    computes nothing again."""
+    config = {"prefix_caching": False, "num_pages": 12}
+    given: RequestFields = {"max_tokens": 30, "temperature": 1.0, "seed": 7, "ignore_eos": True}
+    async with open_runtime(dtype="float32", kv_cache=config, memory={"swap_bytes": 2**24}, max_model_len=160) as engine:
+        swapping = engine._scheduler.swapping
+        prompt = list(range(40, 53))
+        for turn in range(3):
+            alone = await engine.infer(prompt, **given)
+            swapping.bytes_per_s = 1e15
+            said = await engine.infer(InferenceRequest(prompt=prompt, session_id=SessionId("chat")), **given)
+            assert said.token_ids == alone.token_ids
+            assert said.usage.cached_tokens == (len(prompt) - 6 if turn else 0)  # all but its last token and the five new
+            prompt = [*prompt, *said.token_ids, *range(50, 55)]
+            num_out = swapping.num_out
+            await engine.infer(list(range(60, 200)), max_tokens=15)
+            assert swapping.num_out > num_out
+        assert swapping.num_in > 0
+        swapping.verify()
+
+
+@pytest.mark.slow
+def test_what_goes_out_is_on_the_host_though_the_step_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that the sampler breaks has swapped out all the same: the scheduler counts on it."""
+    executor = load_model(build_config(None, None, {"dtype": "float32", "memory": {"swap_bytes": 2**20}})).executor
+    assert isinstance(executor, DecoderExecutor)
+    with torch.inference_mode():
+        for part in parts_of(executor._cache):
+            part[: executor._block_size] = 7.0
+    monkeypatch.delattr(type(executor._sampler), "assign")
+    assigned = SlotAssignment(0, RequestId("r"), SamplingConfig(), [1])
+
+    with pytest.raises(AttributeError, match="assign"):
+        executor.execute(StepInput([assigned], [], [], UnifiedBatch([], []), swapped_out=[PageSwap(0, 2)]))
+
+    for host in executor._host_pages:
+        assert bool((host[2 * executor._block_size : 3 * executor._block_size] == 7.0).all())
+    executor.close()

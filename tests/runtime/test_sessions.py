@@ -5,47 +5,14 @@ from typing import Any
 import pytest
 
 from ferrum_rt.interfaces.errors import ConfigError, NotFound, RequestValidationError
-from ferrum_rt.interfaces.model_executor import StepInput
-from ferrum_rt.interfaces.types import ClientId, FinishReason, PageCounts, RequestId, SessionId, TokenId
+from ferrum_rt.interfaces.types import ClientId, RequestId, SessionId, TokenId
 from ferrum_rt.runtime.simulation.digests import expected_tokens
+from tests.runtime.chats import Chat
 from tests.runtime.engines import fake_engine, text_after
 from tests.runtime.schedules import Schedule
 
 CHAT, OTHER = SessionId("chat"), SessionId("other")
 DEFAULT = ClientId("default")
-
-
-class Chat:
-    """A schedule, and what it copied and computed for each request. Pages have 4 tokens, prefixes are not cached."""
-
-    def __init__(self, **fields: Any) -> None:
-        fields.setdefault("prefix_caching", False)
-        self.schedule = Schedule(fails=self._look, **fields)
-        self.sessions = self.schedule.scheduler.sessions
-        self.num_copies = self.num_prefilled = 0
-        self._num_turns = 0
-
-    @property
-    def pages(self) -> PageCounts:
-        return self.schedule.cache.statistics().pages
-
-    def turn(self, prompt: list[int], max_tokens: int = 6, session: str = "chat", **fields: Any) -> list[int]:
-        """Run a request to its end; the session's text after it, all tokens being right."""
-        self.num_copies = self.num_prefilled = 0
-        name = self.begin(prompt, max_tokens, session, **fields)
-        self.schedule.run()
-        self.schedule.check_tokens()
-        assert self.schedule.ends[name] is FinishReason.LENGTH
-        return prompt + list(self.schedule.tokens[name])
-
-    def begin(self, prompt: list[int], max_tokens: int = 6, session: str = "chat", **fields: Any) -> RequestId:
-        self._num_turns += 1
-        return self.schedule.submit(f"r{self._num_turns}", prompt=prompt, max_tokens=max_tokens, session=session, **fields)
-
-    def _look(self, step: StepInput) -> bool:
-        self.num_copies += len(step.copied)
-        self.num_prefilled += sum(len(item.token_ids) for item in step.batch.prefills)
-        return False
 
 
 def test_a_turn_computes_only_what_is_new() -> None:
@@ -239,7 +206,7 @@ def test_of_several_samples_the_first_is_the_sessions() -> None:
     chat.turn([*text, 7])
     assert chat.num_prefilled == 2
     name = chat.begin([*text, 8], max_tokens=8, num_samples=2)
-    while 0 in [one.index for one in chat.schedule.scheduler._sequences[name]]:
+    while 0 in [one.index for one in chat.schedule.scheduler._roster.sequences[name]]:
         chat.schedule.step()
     chat.schedule.scheduler.cancel(name)
     chat.schedule.run()

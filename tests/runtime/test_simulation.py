@@ -4,11 +4,13 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from ferrum_rt.interfaces.errors import BackendError, FerrumError
+from ferrum_rt.interfaces.kv_cache import KvCacheHandle
 from ferrum_rt.interfaces.model_executor import (
     DecodeInput,
     PrefillInput,
@@ -23,12 +25,14 @@ from ferrum_rt.interfaces.types import FinishReason, RequestId, TokenId
 from ferrum_rt.runtime import runtime
 from ferrum_rt.runtime.pages import PagedKvCache
 from ferrum_rt.runtime.scheduler import UnifiedScheduler
+from ferrum_rt.runtime.sequence import Sequence
 from ferrum_rt.runtime.simulation.checks import sizes
 from ferrum_rt.runtime.simulation.digests import DigestMemory, WrongStep, expected_tokens
 from ferrum_rt.runtime.simulation.engine import CostModel, SimulatedEngine
 from ferrum_rt.runtime.simulation.policies import Promises
 from ferrum_rt.runtime.simulation.seeds import PROMISES, run_seed
 from ferrum_rt.runtime.simulation.violation import Invariant, Violation
+from ferrum_rt.runtime.swapping import HostPages, Swapping
 from tests.runtime import planted_bugs
 from tests.runtime.engines import fake_engine, until
 
@@ -69,6 +73,9 @@ def first_violation(
         (planted_bugs.KeepsWhatFailed, Invariant.SAME_OUTPUT),
         (planted_bugs.HostPageFreedTwice, Invariant.LEDGER),
         (planted_bugs.CopiedBeforeItArrives, Invariant.SAME_OUTPUT),
+        (planted_bugs.HostPageFreedTooEarly, Invariant.SAME_OUTPUT),
+        (planted_bugs.LastPageLeftBehind, Invariant.SAME_OUTPUT),
+        (planted_bugs.HostPagesOutliveSessions, Invariant.BOUNDED_MEMORY),
     ],
 )
 def test_a_planted_bug_of_the_scheduler_is_found(bug: type[UnifiedScheduler], invariant: Invariant) -> None:
@@ -124,6 +131,36 @@ def test_every_fault_happens() -> None:
         "end, as by a stop string",
     ):
         assert sign in text, sign
+
+
+@pytest.mark.slow
+def test_sessions_are_swapped() -> None:
+    """Among a few seeds sessions go to the host, come back, and make room there for others."""
+    counts: Counter[str] = Counter()
+
+    class Counting(Swapping):
+        def keep(self, handle: KvCacheHandle) -> HostPages | None:
+            kept = super().keep(handle)
+            counts["kept"] += kept is not None
+            return kept
+
+        def read(self, sequence: Sequence, handle: KvCacheHandle, kept: HostPages, num_tokens: int) -> None:
+            counts["brought back"] += 1
+            super().read(sequence, handle, kept, num_tokens)
+
+        def _make_room(self, num_pages: int) -> bool:
+            num_before = len(self._kept)
+            has_room = super()._make_room(num_pages)
+            counts["made room"] += len(self._kept) < num_before
+            return has_room
+
+    class CountingScheduler(planted_bugs.WithParts):
+        swapping_type = Counting
+
+    for seed in range(60):
+        run_seed(seed, scheduler_type=CountingScheduler)
+
+    assert min(counts[what] for what in ("kept", "brought back", "made room")) > 3, counts
 
 
 @pytest.mark.slow

@@ -114,8 +114,8 @@ class Scenario:
             max_model_len=max_len,
             max_batched_tokens=num_slots + rng.choice((0, 3, 8, 20)),
             prefix_caching=rng.random() < 0.9,
-            num_host_pages=rng.choice((0, least // 2, 2 * least, 4 * least)),
-            page_bytes=rng.choice((1, 10**7)),
+            num_host_pages=rng.choice((0, least // 2, least, 2 * least, 4 * least)),
+            page_bytes=rng.choice((1, 1, 10**7)),
             num_requests=rng.randint(10, 60),
             activity=rng.choice((0.1, 0.3, 0.5)),
             rates={fault: rng.choice(_RATES) * _FREQUENCIES.get(fault, 1) for fault in Fault},
@@ -230,6 +230,7 @@ class RandomWorld:
             while self.engine.turn():
                 checker.check(self.engine.num_steps)
                 self._scheduler.swapping.verify()
+                self._scheduler.sessions.verify()
                 if len(self._scheduler.sessions) > self._scenario.policies.max_sessions:
                     raise Violation(Invariant.BOUNDED_MEMORY, f"{len(self._scheduler.sessions)} sessions are kept")
                 for counters in self._scheduler.backlogs():
