@@ -64,6 +64,22 @@ def test_throughput() -> None:
 
 
 @pytest.mark.proof
+def test_cpu_peers_without_peers() -> None:
+    """Peers that are not installed are left out with a remedy, and the rest is measured and agrees."""
+    report = smoke("cpu_peers")
+    assert {"llama.cpp", "OpenVINO"} <= report["left_out"].keys()
+    assert "make bench-peers" in report["left_out"]["llama.cpp"]
+    rows = [row for row in report["results"] if row["width"] == "bf16"]
+    assert [(row["measure"], row["requests"]) for row in rows] == [("decode", 1), ("decode", 2), ("prefill", 1)]
+    for row in rows:
+        assert row["tokens_per_s"].keys() == {"ferrum_rt", "transformers generate", "transformers continuous batching"}
+        assert row["best_peer"].startswith("transformers ")
+        assert row["ours_over_best_peer"].keys() == SPREAD
+        assert 0 < row["share_of_limit"]["ferrum_rt"]["median"] < 1
+    assert [row["contender"] for row in report["agreement_with_generate"] if row["is_suspect"]] == []
+
+
+@pytest.mark.proof
 def test_busy_host() -> None:
     report = smoke("busy_host")
     hosts = ["idle", "half busy", "spinning"]
