@@ -81,9 +81,13 @@ PACKAGES = {
 
 LOOK = """
 import json, sys
-from importlib.metadata import distributions
-versions = {each.metadata["Name"].replace("_", "-"): each.version for each in distributions()}
-print(json.dumps({name: versions[name] for name in sys.argv[1:] if name in versions}))
+from contextlib import suppress
+from importlib import metadata
+versions = {}
+for name in sys.argv[1:]:
+    with suppress(metadata.PackageNotFoundError):
+        versions[name] = metadata.version(name)
+print(json.dumps(versions))
 """
 
 OUR_DTYPES = {"bf16": None, "int8": "int8"}

@@ -47,7 +47,7 @@ def throughput(result: dict[str, Any], path: Path) -> None:
 
 
 def cpu_peers(result: dict[str, Any], path: Path) -> None:
-    """Bars of the share of what the machine allows, by measure: a panel for each width. On the bars are tokens per second."""
+    """Bars of the share of what the machine allows, a panel for each width; on the bars are tokens per second."""
     widths = list(dict.fromkeys(row["width"] for row in result["results"]))
     figure, panels = plt.subplots(len(widths), figsize=(7.2, 2.8 * len(widths)), layout="constrained", squeeze=False)
     for axes, width in zip(panels[:, 0], widths, strict=True):
