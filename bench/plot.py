@@ -56,6 +56,7 @@ def cpu_peers(result: dict[str, Any], path: Path) -> None:
         axes.set_title(width, fontsize=9, loc="left")
         axes.set_xticks(range(len(rows)), [_measure(row) for row in rows], fontsize=8)
         axes.set_ylabel("% of the machine's limit", fontsize=8)
+        axes.set_ylim(0, 100)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0, 0].legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0.1, 1.0), ncols=len(PEER_COLOURS))
     figure.savefig(path, dpi=160)
@@ -78,7 +79,7 @@ def _shares_of_limit(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _measure(row: dict[str, Any]) -> str:
-    return f"prefill of {row['prompt_tokens']}" if row["measure"] == "prefill" else f"decode, {row['requests']} at once"
+    return f"prefill\n{row['prompt_tokens']} tokens" if row["measure"] == "prefill" else f"decode\n{row['requests']} at once"
 
 
 def main() -> None:

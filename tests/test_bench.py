@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from bench import plot
+
 ROOT = Path(__file__).parent.parent
 SPREAD = {"median", "low", "high"}
 
@@ -64,8 +66,8 @@ def test_throughput() -> None:
 
 
 @pytest.mark.proof
-def test_cpu_peers_without_peers() -> None:
-    """Peers that are not installed are left out with a remedy, and the rest is measured and agrees."""
+def test_cpu_peers_without_peers(tmp_path: Path) -> None:
+    """Peers that are not installed are left out with a remedy, and the rest is measured, agrees, and makes a picture."""
     report = smoke("cpu_peers")
     assert {"llama.cpp", "OpenVINO"} <= report["left_out"].keys()
     assert "make bench-peers" in report["left_out"]["llama.cpp"]
@@ -77,6 +79,9 @@ def test_cpu_peers_without_peers() -> None:
         assert row["ours_over_best_peer"].keys() == SPREAD
         assert 0 < row["share_of_limit"]["ferrum_rt"]["median"] < 1
     assert [row["contender"] for row in report["agreement_with_generate"] if row["is_suspect"]] == []
+    picture = tmp_path / "peers.png"
+    plot.cpu_peers(report, picture)
+    assert picture.stat().st_size > 1000
 
 
 @pytest.mark.proof
