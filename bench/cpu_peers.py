@@ -37,7 +37,8 @@ The peers are no dependencies of ours, and live in an environment of their own:
     make bench-peers PEERS=DIRECTORY
     python -m bench.cpu_peers --peers-python DIRECTORY/bin/python [--repeats 5] [--threads 2] [--engines NAME …]
 
-Whoever is missing, or cannot do a width, is left out with a note. Transformers is that of our own environment.
+Whoever is missing, or cannot do a width, is left out with a note. Transformers is that of our own environment. Five repeats
+take more than an hour on two cores.
 """
 
 import argparse
