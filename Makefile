@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 PROMPT ?= def
+PEERS ?= .venv-peers
 
-.PHONY: run test prove check setup setup-dev clean
+.PHONY: run test prove check setup setup-dev bench-peers clean
 
 run: setup
 	$(VENV)/bin/ferrum-rt run "$(PROMPT) "
@@ -34,5 +35,13 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 		flashinfer-python apache-tvm-ffi nvidia-ml-py
 	touch $@
 
+# The engines that bench/cpu_peers.py measures beside ours. llama.cpp takes minutes to build, for this machine's processor.
+bench-peers:
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	CMAKE_ARGS="-DGGML_NATIVE=ON" $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-r bench/cpu_peers_requirements.txt
+	# It wants torchvision, which it imports only for models with images, and which must match how torch was built.
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps optimum-intel==2.2.0 optimum==2.3.0
+
 clean:
-	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-peers .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,6 +1,8 @@
 """Draws the pictures of the documentation from what the benches printed.
 
 python -m bench.plot        reads bench/results/*.json, writes docs/*.png
+
+Throughput, and the peers on the CPU where bench/results/cpu_peers.json is there.
 """
 
 import json
@@ -19,6 +21,7 @@ LABELS = {
     "continuous batching": "transformers continuous batching",
 }
 COLOURS = {"ferrum_rt": "#c2410c", "generate": "#94a3b8", "continuous batching": "#cbd5e1"}
+PEER_COLOURS = {"ferrum_rt": "#c2410c", "llama.cpp": "#475569", "OpenVINO": "#94a3b8", "transformers": "#cbd5e1"}
 
 
 def throughput(result: dict[str, Any], path: Path) -> None:
@@ -43,9 +46,47 @@ def throughput(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=160)
 
 
+def cpu_peers(result: dict[str, Any], path: Path) -> None:
+    """Bars of the share of what the machine allows, a panel for each width; on the bars are tokens per second."""
+    widths = list(dict.fromkeys(row["width"] for row in result["results"]))
+    figure, panels = plt.subplots(len(widths), figsize=(7.2, 2.8 * len(widths)), layout="constrained", squeeze=False)
+    for axes, width in zip(panels[:, 0], widths, strict=True):
+        rows = [row for row in result["results"] if row["width"] == width]
+        _shares_of_limit(axes, rows)
+        axes.set_title(width, fontsize=9, loc="left")
+        axes.set_xticks(range(len(rows)), [_measure(row) for row in rows], fontsize=8)
+        axes.set_ylabel("% of the machine's limit", fontsize=8)
+        axes.set_ylim(0, 100)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0.1, 1.0), ncols=len(PEER_COLOURS))
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+def _shares_of_limit(axes: Any, rows: list[dict[str, Any]]) -> None:
+    width = 0.84 / len(PEER_COLOURS)
+    for number, (engine, colour) in enumerate(PEER_COLOURS.items()):
+        shown = [(at, row, row["share_of_limit"][engine]) for at, row in enumerate(rows) if engine in row["share_of_limit"]]
+        medians = [100 * share["median"] for _, _, share in shown]
+        errors = [
+            [100 * (share["median"] - share["low"]) for _, _, share in shown],
+            [100 * (share["high"] - share["median"]) for _, _, share in shown],
+        ]
+        at = [place + (number - (len(PEER_COLOURS) - 1) / 2) * width for place, _, _ in shown]
+        bars = axes.bar(at, medians, width * 0.92, yerr=errors, capsize=1.5, label=engine, color=colour)
+        rates = [f"{share['median'] * row['limit_tokens_per_s']:.0f}" for _, row, share in shown]
+        axes.bar_label(bars, labels=rates, padding=2, fontsize=6)
+
+
+def _measure(row: dict[str, Any]) -> str:
+    return f"prefill\n{row['prompt_tokens']} tokens" if row["measure"] == "prefill" else f"decode\n{row['requests']} at once"
+
+
 def main() -> None:
-    result = json.loads((ROOT / "bench" / "results" / "throughput.json").read_bytes())
-    throughput(result, ROOT / "docs" / "throughput.png")
+    results = ROOT / "bench" / "results"
+    throughput(json.loads((results / "throughput.json").read_bytes()), ROOT / "docs" / "throughput.png")
+    if (peers := results / "cpu_peers.json").exists():
+        cpu_peers(json.loads(peers.read_bytes()), ROOT / "docs" / "cpu_peers.png")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from bench import plot
+
 ROOT = Path(__file__).parent.parent
 SPREAD = {"median", "low", "high"}
 
@@ -61,6 +63,25 @@ def test_throughput() -> None:
         assert row["ours_over"].keys() == {"generate", "continuous batching"}
         assert row["ours_over"]["generate"].keys() == SPREAD
         assert row["agreement_with_generate"].keys() == {"ferrum_rt", "continuous batching"}
+
+
+@pytest.mark.proof
+def test_cpu_peers_without_peers(tmp_path: Path) -> None:
+    """Peers that are not installed are left out with a remedy, and the rest is measured, agrees, and makes a picture."""
+    report = smoke("cpu_peers")
+    assert {"llama.cpp", "OpenVINO"} <= report["left_out"].keys()
+    assert "make bench-peers" in report["left_out"]["llama.cpp"]
+    rows = [row for row in report["results"] if row["width"] == "bf16"]
+    assert [(row["measure"], row["requests"]) for row in rows] == [("decode", 1), ("decode", 2), ("prefill", 1)]
+    for row in rows:
+        assert row["tokens_per_s"].keys() == {"ferrum_rt", "transformers generate", "transformers continuous batching"}
+        assert row["best_peer"].startswith("transformers ")
+        assert row["ours_over_best_peer"].keys() == SPREAD
+        assert 0 < row["share_of_limit"]["ferrum_rt"]["median"] < 1
+    assert [row["contender"] for row in report["agreement_with_generate"] if row["is_suspect"]] == []
+    picture = tmp_path / "peers.png"
+    plot.cpu_peers(report, picture)
+    assert picture.stat().st_size > 1000
 
 
 @pytest.mark.proof
