@@ -121,3 +121,7 @@ class TensorOps(TensorFactory[T], Protocol[T]):
     def soft_cap(self, x: T, cap: float) -> None:
         """x = cap * tanh(x / cap), in place."""
         ...
+
+    def close(self) -> None:
+        """Give back threads."""
+        ...

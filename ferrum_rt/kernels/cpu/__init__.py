@@ -1,3 +1,15 @@
-"""Kernels for the CPU. Today: torch, with oneDNN's packed matmul for 16-bit weights."""
+"""Kernels for the CPU: native ones, and torch's where there is no compiler."""
 
-from ferrum_rt.kernels.cpu.ops import CpuOps as CpuOps
+import os
+
+from ferrum_rt.kernels.cpu.build import build, load_kernels
+from ferrum_rt.kernels.cpu.ops import NativeOps
+from ferrum_rt.kernels.cpu.torch_ops import TorchCpuOps
+
+__all__ = ["NativeOps", "TorchCpuOps", "build", "load_kernels", "open_cpu_ops"]
+
+
+def open_cpu_ops() -> NativeOps | TorchCpuOps:
+    """The fastest there are, on as many threads as this process has cores."""
+    kernels = load_kernels()
+    return TorchCpuOps() if kernels is None else NativeOps(kernels, len(os.sched_getaffinity(0)))
