@@ -121,7 +121,3 @@ class TensorOps(TensorFactory[T], Protocol[T]):
     def soft_cap(self, x: T, cap: float) -> None:
         """x = cap * tanh(x / cap), in place."""
         ...
-
-    def close(self) -> None:
-        """Give back threads."""
-        ...

@@ -117,9 +117,6 @@ class ReferenceOps:
     def soft_cap(self, x: Tensor, cap: float) -> None:
         x.div_(cap).tanh_().mul_(cap)
 
-    def close(self) -> None:
-        pass
-
     def _apply(self, weight: Any, x: Tensor) -> Tensor:
         out = self.empty((x.shape[0], self._out_features(weight)), x.dtype)
         self.linear(out, x, weight)

@@ -75,7 +75,6 @@ class DecoderExecutor:
 
     def close(self) -> None:
         self._sampler.close()
-        self._decoder.ops.close()
 
     def memory_usage(self) -> MemoryUsage:
         return memory_of(self._decoder.weights.num_bytes, self._cache)

@@ -29,6 +29,7 @@ class Kernels:
         module = tvm_ffi.load_module(str(library))
         self.open_pool: Callable[[int], int] = module["open_pool"]
         self.close_pool: Callable[[int], None] = module["close_pool"]
+        self.want_large_pages: Callable[[int, int], None] = module["want_large_pages"]
         self.run: Callable[..., None] = module["run"]
         self.pack_weight: Callable[..., None] = module["pack_weight"]
         self.lanes: int = module["lanes"]()

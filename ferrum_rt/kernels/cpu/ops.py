@@ -1,4 +1,8 @@
-"""TensorOps for the CPU: linear layers by native kernels, the rest in torch."""
+"""TensorOps for the CPU: linear layers by native kernels, the rest in torch.
+
+Not what the engine runs on yet. Between two calls torch's own threads spin for work, on the cores that the pool wants: in a
+whole step that costs more than the kernels gain. They are to be used when a step is one native program.
+"""
 
 import ctypes
 from typing import Any, NamedTuple
@@ -50,6 +54,7 @@ class NativeOps(ReferenceOps):
         weight = weight.contiguous()
         granules, panels = -(-width // PER_GRANULE[kind]), -(-rows // _PANEL)
         packed = torch.zeros((panels, granules, _PANEL), dtype=torch.int32)
+        self._kernels.want_large_pages(packed.data_ptr(), packed.nbytes)
         is_int8 = kind is Kind.INT8
         scales = torch.zeros(panels * _PANEL) if is_int8 else None
         offsets = torch.zeros(panels * _PANEL, dtype=torch.int32) if is_int8 else None

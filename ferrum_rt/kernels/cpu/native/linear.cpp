@@ -18,7 +18,7 @@ constexpr int kMaxRows = 6;
 constexpr int kVectors = 2;                    // of a panel at a time
 constexpr int kColumns = kVectors * kLanes;    // that is, so many outputs
 constexpr int64_t kRowsPerChunk = 20 * kMaxRows;
-constexpr int64_t kChunkBytes = 64 << 10;      // of weights
+constexpr int64_t kChunkBytes = 256 << 10;      // of weights
 
 // -- what a granule adds to an accumulator ---------------------------------------------------------------------------------
 
