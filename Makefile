@@ -32,7 +32,7 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,hub]'
 	# Tests compare our calls with FlashInfer's signatures. What else it wants is for kernels that we do not use.
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps \
-		flashinfer-python apache-tvm-ffi nvidia-ml-py
+		flashinfer-python nvidia-ml-py
 	touch $@
 
 # The engines that bench/cpu_peers.py measures beside ours. llama.cpp takes minutes to build, for this machine's processor.

@@ -7,6 +7,7 @@ from typing import Any
 from ferrum_rt.interfaces.types import ClientId
 from ferrum_rt.runtime.cost_model import StepWork
 from ferrum_rt.runtime.pace import Pace
+from ferrum_rt.runtime.roster import Roster
 from ferrum_rt.runtime.scheduler import UnifiedScheduler
 from ferrum_rt.runtime.sequence import Sequence
 from ferrum_rt.runtime.waiting import WaitingQueue
@@ -63,6 +64,7 @@ class FirstComeScheduler(UnifiedScheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._waiting = _Queue()
+        self._roster = Roster(self._clients, self._waiting, self._residents, self.sessions, self.swapping)
         self._pace = _Pace(self._pace.config)
 
     def _make_way(self) -> None:

@@ -22,7 +22,7 @@ from ferrum_rt.interfaces.model_executor import ModelExecutor
 from ferrum_rt.interfaces.requests import check_sampling
 from ferrum_rt.interfaces.tokenizer import Tokenizer
 from ferrum_rt.interfaces.types import DataType, Device, ModelSource, SamplingParams, TokenId
-from ferrum_rt.kernels.cpu import CpuOps
+from ferrum_rt.kernels.cpu import TorchCpuOps
 from ferrum_rt.runtime.cuda_backend import CudaBackend, build_cuda_executor, find_cuda
 from ferrum_rt.runtime.executor import DecoderExecutor
 from ferrum_rt.runtime.grammar import LlGrammarCompiler
@@ -178,7 +178,7 @@ def _build_cpu_executor(job: LoadJob) -> DecoderExecutor:
     page_bytes = bytes_per_page(config, spec, kv_kind)
     max_model_len, num_pages = fit_pages(config, wanted_len, page_bytes, budget)
     num_slots, block_size = config.scheduler.max_running_requests, config.kv_cache.block_size
-    ops = CpuOps()
+    ops = TorchCpuOps()
     with torch.inference_mode():
         weights = load_weights(spec, job.open_reader(), ops, TORCH_DTYPES[dtype], max_model_len, job.loading_bar())
         decoder = Decoder(spec, weights, ops, TORCH_DTYPES[dtype], config.batching.max_batched_tokens, num_slots)

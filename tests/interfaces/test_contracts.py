@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ferrum_rt.interfaces.scheduler import Scheduler
     from ferrum_rt.interfaces.tensor import TensorFactory, TensorOps
     from ferrum_rt.interfaces.tokenizer import IncrementalTokenizer, Tokenizer, TokenizerFactory
-    from ferrum_rt.kernels.cpu.ops import CpuOps
+    from ferrum_rt.kernels.cpu import NativeOps, TorchCpuOps
     from ferrum_rt.kernels.cuda.ops import CudaOps
     from ferrum_rt.kernels.reference import ReferenceOps
     from ferrum_rt.runtime.cuda_executor import CudaExecutor
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     _sampler: type[Sampler[torch.Tensor]] = BatchSampler
     _scheduler: type[Scheduler] = UnifiedScheduler
     _factory: type[TensorFactory[torch.Tensor]] = ReferenceOps
-    _ops: tuple[type[TensorOps[torch.Tensor]], ...] = (ReferenceOps, CpuOps, CudaOps)
+    _ops: tuple[type[TensorOps[torch.Tensor]], ...] = (ReferenceOps, TorchCpuOps, NativeOps, CudaOps)
     _tensor: type[TensorLike] = torch.Tensor
     _tokenizer: type[Tokenizer] = HfTokenizer
     _tokenizers: type[TokenizerFactory] = HfTokenizerFactory

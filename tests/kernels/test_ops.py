@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ferrum_rt.kernels.batch import allocate_pages
-from ferrum_rt.kernels.cpu import CpuOps
+from ferrum_rt.kernels.cpu import TorchCpuOps
 from ferrum_rt.kernels.reference import ReferenceOps
 
-BACKENDS = [ReferenceOps(), CpuOps()]
+BACKENDS = [ReferenceOps(), TorchCpuOps()]
 # The usual bounds: a few units in the last place of the type that the result is rounded to.
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 

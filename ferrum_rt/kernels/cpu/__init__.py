@@ -1,3 +1,7 @@
-"""Kernels for the CPU. Today: torch, with oneDNN's packed matmul for 16-bit weights."""
+"""Kernels for the CPU: torch's, which the engine runs on today, and native ones, which are to replace them."""
 
-from ferrum_rt.kernels.cpu.ops import CpuOps as CpuOps
+from ferrum_rt.kernels.cpu.build import build, load_kernels
+from ferrum_rt.kernels.cpu.ops import NativeOps
+from ferrum_rt.kernels.cpu.torch_ops import TorchCpuOps
+
+__all__ = ["NativeOps", "TorchCpuOps", "build", "load_kernels"]

@@ -1,0 +1,275 @@
+#include "linear.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "simd.h"
+
+namespace ferrum {
+namespace {
+
+#if defined(FERRUM_AVX512)
+constexpr int kMaxRows = 14;  // 28 accumulators, 2 vectors of weights and one of x: 31 of 32 registers
+#elif defined(FERRUM_AVX2)
+constexpr int kMaxRows = 6;
+#else
+constexpr int kMaxRows = 6;
+#endif
+constexpr int kVectors = 2;                    // of a panel at a time
+constexpr int kColumns = kVectors * kLanes;    // that is, so many outputs
+constexpr int64_t kRowsPerChunk = 20 * kMaxRows;
+constexpr int64_t kChunkBytes = 256 << 10;      // of weights
+
+// -- what a granule adds to an accumulator ---------------------------------------------------------------------------------
+
+struct DotFloat32 {
+  using Accumulator = F32;
+  static F32 add(F32 sum, uint32_t x, U32 weight) { return multiply_add(bits<F32>(splat<U32>(x)), bits<F32>(weight), sum); }
+};
+
+struct DotBfloat16 {
+  using Accumulator = F32;
+  static F32 add(F32 sum, uint32_t x, U32 weight) {
+#if defined(FERRUM_AVX512) && defined(__AVX512BF16__)
+    return bits<F32>(_mm512_dpbf16_ps(bits<__m512>(sum), bits<__m512bh>(splat<U32>(x)), bits<__m512bh>(weight)));
+#else
+    sum = multiply_add(bits<F32>(splat<U32>(x << 16)), bits<F32>(weight << 16), sum);
+    return multiply_add(bits<F32>(splat<U32>(x & 0xFFFF0000u)), bits<F32>(weight & 0xFFFF0000u), sum);
+#endif
+  }
+};
+
+struct DotFloat16 {
+  using Accumulator = F32;
+  static F32 add(F32 sum, uint32_t x, U32 weight) {
+    U32 both = splat<U32>(x);
+    sum = multiply_add(to_f32(both & 0xFFFFu, F16{}), to_f32(weight & 0xFFFFu, F16{}), sum);
+    return multiply_add(to_f32(both >> 16, F16{}), to_f32(weight >> 16, F16{}), sum);
+  }
+};
+
+// Bytes of x are unsigned (the value plus 128), those of the weights signed, as vpdpbusd has them.
+struct DotInt8 {
+  using Accumulator = I32;
+  static I32 add(I32 sum, uint32_t x, U32 weight) {
+#if defined(FERRUM_AVX512) && defined(__AVX512VNNI__)
+    return bits<I32>(_mm512_dpbusd_epi32(bits<__m512i>(sum), bits<__m512i>(splat<U32>(x)), bits<__m512i>(weight)));
+#elif defined(FERRUM_AVX2)
+    // Bytes as pairs of 16 bits: the even ones, then the odd ones.
+    __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(bits<__m256i>(weight), 8), 8);
+    __m256i odd = _mm256_srai_epi16(bits<__m256i>(weight), 8);
+    sum += bits<I32>(_mm256_madd_epi16(bits<__m256i>(splat<U32>(x & 0x00FF00FFu)), even));
+    return sum + bits<I32>(_mm256_madd_epi16(bits<__m256i>(splat<U32>((x >> 8) & 0x00FF00FFu)), odd));
+#else
+    for (int byte = 0; byte < 4; ++byte) {
+      I32 value = bits<I32>(weight << (24 - 8 * byte)) >> 24;
+      sum += value * static_cast<int32_t>((x >> (8 * byte)) & 0xFFu);
+    }
+    return sum;
+#endif
+  }
+};
+
+// -- a tile: some rows by some columns of a panel --------------------------------------------------------------------------
+
+// Lines of weights to fetch while computing: each step of the inner loop asks for `lines` of them.
+struct Ahead {
+  const char* from;
+  int lines;
+};
+
+template <class Dot, int kRows>
+void tile(const LinearArguments& a, const uint32_t* x, const uint32_t* weight, Ahead ahead,
+          typename Dot::Accumulator (&sums)[kMaxRows][kVectors]) {
+  typename Dot::Accumulator local[kRows][kVectors]{};
+  for (int64_t k = 0; k < a.granules; ++k) {
+    U32 w[kVectors];
+    for (int v = 0; v < kVectors; ++v) w[v] = load_raw<U32>(weight + k * kPanel + v * kLanes);
+    for (int line = 0; line < ahead.lines; ++line) __builtin_prefetch(ahead.from + (k * ahead.lines + line) * 64, 0, 2);
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row) {
+      const uint32_t value = x[row * a.x_stride + k];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) local[row][v] = Dot::add(local[row][v], value, w[v]);
+    }
+  }
+  for (int row = 0; row < kRows; ++row)
+    for (int v = 0; v < kVectors; ++v) sums[row][v] = local[row][v];
+}
+
+template <class Dot>
+using Tile = void (*)(const LinearArguments&, const uint32_t*, const uint32_t*, Ahead,
+                      typename Dot::Accumulator (&)[kMaxRows][kVectors]);
+
+template <class Dot, int... kRows>
+Tile<Dot> tile_of(int rows, std::integer_sequence<int, kRows...>) {
+  static constexpr Tile<Dot> tiles[] = {tile<Dot, kRows + 1>...};
+  return tiles[rows - 1];
+}
+
+F32 finish(const LinearArguments&, F32 sum, int64_t, int64_t) { return sum; }
+
+F32 finish(const LinearArguments& a, I32 sum, int64_t row, int64_t column) {
+  sum -= load_raw<I32>(a.offsets + column);
+  return __builtin_convertvector(sum, F32) * (load(a.scales + column) * a.x_scales[row]);
+}
+
+template <class Dot, class T>
+void panel(const LinearArguments& a, int64_t rows, int64_t first_row, int64_t index) {
+  const auto* weight = a.weight + index * a.granules * kPanel;
+  const auto* next = reinterpret_cast<const char*>(weight + a.granules * kPanel);
+  const int64_t passes = ceil_div(rows, kMaxRows) * (kPanel / kColumns);
+  int64_t pass = 0;
+  for (int64_t row = 0, tiles = ceil_div(rows, kMaxRows); tiles > 0; --tiles) {
+    const int height = static_cast<int>(ceil_div(rows - row, tiles));  // tiles of like height
+    const auto compute = tile_of<Dot>(height, std::make_integer_sequence<int, kMaxRows>{});
+    for (int part = 0; part < kPanel; part += kColumns, ++pass) {
+      const int64_t column = index * kPanel + part;
+      if (column >= a.width) break;
+      // The next panel comes into the second-level cache with the first two passes over this one.
+      const int lines = passes == 1 ? 2 : pass < 2 ? 1 : 0;
+      typename Dot::Accumulator sums[kMaxRows][kVectors];
+      compute(a, a.x + (first_row + row) * a.x_stride, weight + part, {next + (pass == 1 ? a.granules * 64 : 0), lines}, sums);
+      for (int r = 0; r < height; ++r) {
+        auto* out = static_cast<T*>(a.out) + (first_row + row + r) * a.stride;
+        for (int v = 0; v < kVectors; ++v) {
+          const int64_t at = column + v * kLanes;
+          const auto count = static_cast<int>(std::min<int64_t>(kLanes, a.width - at));
+          if (count <= 0) break;
+          F32 value = finish(a, sums[r][v], first_row + row + r, at);
+          if (a.bias) value += load(a.bias + at);
+          store(out + at, value, count);
+        }
+      }
+    }
+    row += height;
+  }
+}
+
+int64_t panels_per_chunk(const LinearArguments& a) { return std::max<int64_t>(1, kChunkBytes / (a.granules * kPanel * 4)); }
+
+int64_t linear_count(const Instruction& i, const Sizes& sizes) {
+  const auto& a = i.as<LinearArguments>();
+  return ceil_div(ceil_div(a.width, kPanel), panels_per_chunk(a)) * ceil_div(sizes(i.rows), kRowsPerChunk);
+}
+
+template <class Dot, class T>
+void linear_chunk(const LinearArguments& a, int64_t rows, int64_t chunk) {
+  const int64_t panels = ceil_div(a.width, kPanel), step = panels_per_chunk(a), across = ceil_div(panels, step);
+  const int64_t first_row = chunk / across * kRowsPerChunk, first = chunk % across * step;
+  for (int64_t index = first; index < std::min(first + step, panels); ++index)
+    panel<Dot, T>(a, std::min(kRowsPerChunk, rows - first_row), first_row, index);
+}
+
+template <class T>
+void linear_of(const LinearArguments& a, int64_t rows, int64_t chunk) {
+  switch (a.kind) {
+    case Kind::kFloat32: return linear_chunk<DotFloat32, T>(a, rows, chunk);
+    case Kind::kBfloat16: return linear_chunk<DotBfloat16, T>(a, rows, chunk);
+    case Kind::kFloat16: return linear_chunk<DotFloat16, T>(a, rows, chunk);
+    case Kind::kInt8: return linear_chunk<DotInt8, T>(a, rows, chunk);
+  }
+}
+
+void linear_run(const Instruction& i, const Sizes& sizes, int64_t chunk, char*) {
+  const auto& a = i.as<LinearArguments>();
+  switch (i.type) {
+    case Type::kFloat32: return linear_of<float>(a, sizes(i.rows), chunk);
+    case Type::kBfloat16: return linear_of<Bf16>(a, sizes(i.rows), chunk);
+    default: return linear_of<F16>(a, sizes(i.rows), chunk);
+  }
+}
+
+// -- rows of x as granules -------------------------------------------------------------------------------------------------
+
+constexpr int64_t kRowsPerPrepare = 16;
+
+template <class T>
+float largest(const T* x, int64_t width) {
+  F32 most{};
+  for_vectors(width, [&](int64_t at, int count) {
+    F32 value = load(x + at, count);
+    most = max(most, bits<F32>(bits<U32>(value) & 0x7FFFFFFFu));
+  });
+  return highest(most);
+}
+
+// Rounded to -127 … 127 by a scale of the row's own. A row that holds no number keeps none: its scale is NaN.
+template <class T, class Write>
+float quantize(const T* x, int64_t width, Write write) {
+  float scale = largest(x, width) / 127.0f;
+  bool is_sound = true;
+  for_vectors(width, [&](int64_t at, int count) {
+    F32 value = load(x + at, count);
+    is_sound = is_sound && sum(value - value) == 0.0f;
+    I32 rounded = round_to_int(value * (scale > 0 ? 1.0f / scale : 0.0f));
+    for (int i = 0; i < count; ++i) write(at + i, std::clamp(rounded[i], -127, 127));
+  });
+  return is_sound ? scale : NAN;
+}
+
+int64_t prepare_count(const Instruction& i, const Sizes& sizes) { return ceil_div(sizes(i.rows), kRowsPerPrepare); }
+
+template <class T>
+void prepare_row(const PrepareArguments& a, int64_t row) {
+  const T* x = static_cast<const T*>(a.x) + row * a.stride;
+  uint32_t* out = a.out + row * a.out_stride;
+  if (a.kind == Kind::kInt8) {
+    out[a.width / 4] = 0;
+    auto* bytes = reinterpret_cast<uint8_t*>(out);
+    a.scales[row] = quantize(x, a.width, [&](int64_t at, int32_t value) { bytes[at] = static_cast<uint8_t>(value + 128); });
+    // A byte that is no part of the row meets a weight of 0.
+    return;
+  }
+  if (a.width % per_granule(a.kind)) out[a.width / 2] = 0;
+  std::memcpy(out, x, a.width * sizeof(T));
+}
+
+void prepare_run(const Instruction& i, const Sizes& sizes, int64_t chunk, char*) {
+  const auto& a = i.as<PrepareArguments>();
+  const int64_t end = std::min((chunk + 1) * kRowsPerPrepare, sizes(i.rows));
+  for (int64_t row = chunk * kRowsPerPrepare; row < end; ++row) {
+    switch (i.type) {
+      case Type::kFloat32: prepare_row<float>(a, row); break;
+      case Type::kBfloat16: prepare_row<Bf16>(a, row); break;
+      default: prepare_row<F16>(a, row);
+    }
+  }
+}
+
+// -- weights as panels -----------------------------------------------------------------------------------------------------
+
+template <class T>
+void pack_of(const T* weight, int64_t rows, int64_t width, Kind kind, uint32_t* out, float* scales, int32_t* offsets) {
+  const int64_t each = per_granule(kind), granules = ceil_div(width, each), size = 4 / each;
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* x = weight + row * width;
+    auto* column = reinterpret_cast<uint8_t*>(out + row / kPanel * granules * kPanel + row % kPanel);
+    const auto at = [&](int64_t k) { return column + k / each * kPanel * 4 + k % each * size; };
+    if (kind == Kind::kInt8) {
+      int64_t total = 0;
+      scales[row] = quantize(x, width, [&](int64_t k, int32_t value) {
+        *at(k) = static_cast<uint8_t>(value);
+        total += value;
+      });
+      offsets[row] = static_cast<int32_t>(total * 128);
+    } else {
+      for (int64_t k = 0; k < width; ++k) std::memcpy(at(k), x + k, sizeof(T));
+    }
+  }
+}
+
+}  // namespace
+
+void pack(Type type, const void* weight, int64_t rows, int64_t width, Kind kind, uint32_t* out, float* scales, int32_t* offsets) {
+  switch (type) {
+    case Type::kFloat32: return pack_of(static_cast<const float*>(weight), rows, width, kind, out, scales, offsets);
+    case Type::kBfloat16: return pack_of(static_cast<const Bf16*>(weight), rows, width, kind, out, scales, offsets);
+    default: return pack_of(static_cast<const F16*>(weight), rows, width, kind, out, scales, offsets);
+  }
+}
+
+const Kernel kPrepareKernel{prepare_count, prepare_run};
+const Kernel kLinearKernel{linear_count, linear_run};
+
+}  // namespace ferrum

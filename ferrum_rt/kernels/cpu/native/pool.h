@@ -1,0 +1,50 @@
+// The threads that compute. They sleep between steps, and within one they never wait for a thread that has nothing in hand: an
+// instruction is over when its chunks are done, whoever did them. So a thread that the system has put aside (another process
+// wanted its core) delays a step only while it holds a chunk.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "program.h"
+
+namespace ferrum {
+
+class Pool {
+ public:
+  // `num_threads` includes the one that calls run().
+  explicit Pool(int num_threads);
+  ~Pool();
+
+  // One call at a time.
+  void run(const Instruction* program, int64_t length, const Sizes& sizes);
+
+ private:
+  struct alignas(64) Progress {
+    std::atomic<int64_t> claimed;
+    std::atomic<int32_t> done;
+  };
+  struct Step {
+    const Instruction* program;
+    int64_t length;
+    Sizes sizes;
+  };
+
+  void work(char* scratch);
+  void help(char* scratch);
+  static void wait_until(const std::atomic<int32_t>& value, int32_t wanted);
+
+  Step step_{};
+  std::unique_ptr<Progress[]> progress_;
+  int64_t capacity_ = 0;
+  // The lowest bit: no step is open. Above it: how many helpers are in the step.
+  alignas(64) std::atomic<int32_t> visitors_{1};
+  alignas(64) std::atomic<int32_t> epoch_{0};
+  std::atomic<bool> is_closing_{false};
+  std::vector<std::unique_ptr<char[]>> scratch_;
+  std::vector<std::thread> helpers_;
+};
+
+}  // namespace ferrum
