@@ -102,15 +102,24 @@ class Daemon:
 
     async def settled(self, same_as: Footprint | None = None) -> tuple[EngineStatus, Footprint]:
         """When no request is under way, no page is held and nobody is connected; or what there is after ``WAIT_S``. Then
-        threads and descriptors are looked at until they are those of ``same_as``, or for as long again."""
+        threads and descriptors are looked at until they are those of ``same_as``, or for as long again; without it, until
+        they have stayed the same for a while: the daemon closes its end of our connection after we have closed ours."""
         async with ferrum_rt.connect(self.path) as engine:
             status = await engine.status()
             with anyio.move_on_after(WAIT_S):
                 while under_way(status) or status.pages.active:
                     await anyio.sleep(0.05)
                     status = await engine.status()
-        await wait_for(lambda: same_as is None or self.footprint()[:2] == same_as[:2])
+        wanted = same_as or await self._unchanged()
+        await wait_for(lambda: self.footprint()[:2] == wanted[:2])
         return status, self.footprint()
+
+    async def _unchanged(self) -> Footprint:
+        before = None
+        while (now := self.footprint())[:2] != before:
+            before = now[:2]
+            await anyio.sleep(0.5)
+        return now
 
 
 def under_way(status: EngineStatus) -> int:
