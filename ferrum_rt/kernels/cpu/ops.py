@@ -87,7 +87,7 @@ class NativeOps(ReferenceOps):
 
     def _run(self, *program: bytes) -> None:
         words = ctypes.create_string_buffer(b"".join(program))
-        self._kernels.run(self._pool, ctypes.addressof(words), len(program), 0, 0, 0)
+        self._kernels.run(self._pool, ctypes.addressof(words), len(program), 0, 0)
 
     def _out_features(self, weight: Any) -> int:
         return int(weight.out_features)

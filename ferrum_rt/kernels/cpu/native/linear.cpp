@@ -171,7 +171,7 @@ void linear_of(const LinearArguments& a, int64_t rows, int64_t chunk) {
   }
 }
 
-void linear_run(const Instruction& i, const Sizes& sizes, int64_t chunk, char*) {
+void linear_run(const Instruction& i, const Sizes& sizes, int64_t chunk) {
   const auto& a = i.as<LinearArguments>();
   switch (i.type) {
     case Type::kFloat32: return linear_of<float>(a, sizes(i.rows), chunk);
@@ -225,7 +225,7 @@ void prepare_row(const PrepareArguments& a, int64_t row) {
   std::memcpy(out, x, a.width * sizeof(T));
 }
 
-void prepare_run(const Instruction& i, const Sizes& sizes, int64_t chunk, char*) {
+void prepare_run(const Instruction& i, const Sizes& sizes, int64_t chunk) {
   const auto& a = i.as<PrepareArguments>();
   const int64_t end = std::min((chunk + 1) * kRowsPerPrepare, sizes(i.rows));
   for (int64_t row = chunk * kRowsPerPrepare; row < end; ++row) {

@@ -9,7 +9,6 @@ namespace {
 
 // About 20 us: longer than most waits within a step, shorter than what it costs to keep a core from another process.
 constexpr int kSpins = 2000;
-constexpr int kAlignment = 64;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -17,11 +16,6 @@ inline void pause() {
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
-}
-
-char* aligned(char* memory) {
-  auto address = reinterpret_cast<uintptr_t>(memory);
-  return memory + (kAlignment - address % kAlignment) % kAlignment;
 }
 
 }  // namespace
@@ -33,8 +27,7 @@ const Kernel& kernel_of(Op op) {
 }
 
 Pool::Pool(int num_threads) {
-  for (int i = 0; i < num_threads; ++i) scratch_.push_back(std::make_unique<char[]>(kScratchBytes + kAlignment));
-  for (int i = 1; i < num_threads; ++i) helpers_.emplace_back([this, i] { help(aligned(scratch_[i].get())); });
+  for (int i = 1; i < num_threads; ++i) helpers_.emplace_back([this] { help(); });
 }
 
 Pool::~Pool() {
@@ -57,32 +50,32 @@ void Pool::run(const Instruction* program, int64_t length, const Sizes& sizes) {
   visitors_.fetch_and(~1, std::memory_order_release);
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();
-  work(aligned(scratch_[0].get()));
+  work();
   // Nobody enters any more; those inside have nothing left to do, but must be out before the step's memory changes.
   visitors_.fetch_or(1);
   wait_until(visitors_, 1);
 }
 
-void Pool::work(char* scratch) {
+void Pool::work() {
   for (int64_t i = 0; i < step_.length; ++i) {
     const Instruction& instruction = step_.program[i];
     const Kernel& kernel = kernel_of(instruction.op);
     Progress& progress = progress_[i];
     const auto count = static_cast<int32_t>(kernel.count(instruction, step_.sizes));
     for (int64_t chunk; (chunk = progress.claimed.fetch_add(1, std::memory_order_relaxed)) < count;) {
-      kernel.run(instruction, step_.sizes, chunk, scratch);
+      kernel.run(instruction, step_.sizes, chunk);
       if (progress.done.fetch_add(1, std::memory_order_acq_rel) + 1 == count) progress.done.notify_all();
     }
     wait_until(progress.done, count);
   }
 }
 
-void Pool::help(char* scratch) {
+void Pool::help() {
   for (int32_t seen = 0;;) {
     epoch_.wait(seen, std::memory_order_acquire);
     seen = epoch_.load(std::memory_order_acquire);
     if (is_closing_.load()) return;
-    if ((visitors_.fetch_add(2, std::memory_order_acq_rel) & 1) == 0) work(scratch);
+    if ((visitors_.fetch_add(2, std::memory_order_acq_rel) & 1) == 0) work();
     if (visitors_.fetch_sub(2, std::memory_order_acq_rel) == 3) visitors_.notify_all();
   }
 }

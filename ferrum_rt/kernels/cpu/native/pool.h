@@ -32,8 +32,8 @@ class Pool {
     Sizes sizes;
   };
 
-  void work(char* scratch);
-  void help(char* scratch);
+  void work();
+  void help();
   static void wait_until(const std::atomic<int32_t>& value, int32_t wanted);
 
   Step step_{};
@@ -43,7 +43,6 @@ class Pool {
   alignas(64) std::atomic<int32_t> visitors_{1};
   alignas(64) std::atomic<int32_t> epoch_{0};
   std::atomic<bool> is_closing_{false};
-  std::vector<std::unique_ptr<char[]>> scratch_;
   std::vector<std::thread> helpers_;
 };
 

@@ -8,18 +8,17 @@ namespace ferrum {
 // As the Python side numbers them (program.py).
 enum class Op : int64_t { kPrepare, kLinear, kCount };
 
-enum class Type : int64_t { kFloat32, kBfloat16, kFloat16, kFp8, kInt8 };
+enum class Type : int64_t { kFloat32, kBfloat16, kFloat16 };
 
 // Sizes that are a batch's, wherever an instruction has one of these for a number of rows.
 constexpr int64_t kTokens = -1;
 constexpr int64_t kSampled = -2;
-constexpr int64_t kSpans = -3;
 
 struct Sizes {
-  int64_t tokens, sampled, spans;
+  int64_t tokens, sampled;
 
   int64_t operator()(int64_t size) const {
-    return size == kTokens ? tokens : size == kSampled ? sampled : size == kSpans ? spans : size;
+    return size == kTokens ? tokens : size == kSampled ? sampled : size;
   }
 };
 
@@ -44,11 +43,8 @@ static_assert(sizeof(Instruction) == 8 * kWords);
 // on how many rows the batch has.
 struct Kernel {
   int64_t (*count)(const Instruction&, const Sizes&);
-  void (*run)(const Instruction&, const Sizes&, int64_t chunk, char* scratch);
+  void (*run)(const Instruction&, const Sizes&, int64_t chunk);
 };
-
-// Bytes of memory that each thread has to itself while it runs a chunk.
-constexpr int64_t kScratchBytes = 1 << 20;
 
 extern const Kernel kPrepareKernel, kLinearKernel;
 
