@@ -34,6 +34,17 @@ class Chat:
         self._num_turns += 1
         return self.schedule.submit(f"r{self._num_turns}", prompt=prompt, max_tokens=max_tokens, session=session, **fields)
 
+    def spoil(self, prompt: list[int], max_tokens: int, after_steps: int, *, is_cancelled: bool) -> None:
+        """Run a request that is cancelled after so many steps, or fails."""
+        name = self.begin(prompt, max_tokens)
+        for _ in range(after_steps):
+            self.schedule.step()
+        if is_cancelled:
+            self.schedule.scheduler.cancel(name)
+        else:
+            self.schedule.executor.nan_requests.add(name)
+        self.schedule.run()
+
     def _look(self, step: StepInput) -> bool:
         self.num_copies += len(step.copied)
         self.num_prefilled += sum(len(item.token_ids) for item in step.batch.prefills)

@@ -150,15 +150,8 @@ def test_what_does_not_end_well_leaves_the_session_as_it_was() -> None:
     before."""
     chat = Chat()
     text = chat.turn([1, 2, 3, 4, 5])
-    for how in ("cancel", "fail"):
-        name = chat.begin([*text, 7, 8, 9, 10, 11], max_tokens=50)
-        for _ in range(12):
-            chat.schedule.step()
-        if how == "cancel":
-            chat.schedule.scheduler.cancel(name)
-        else:
-            chat.schedule.executor.nan_requests.add(name)
-        chat.schedule.run()
+    for is_cancelled in (True, False):
+        chat.spoil([*text, 7, 8, 9, 10, 11], max_tokens=50, after_steps=12, is_cancelled=is_cancelled)
         assert len(chat.sessions) == 1
         assert chat.pages.active == 0
     text = chat.turn([*text, 7, 12])

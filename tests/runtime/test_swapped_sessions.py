@@ -118,15 +118,8 @@ def test_a_turn_that_does_not_end_well_leaves_it_on_the_host() -> None:
     chat = host_chat()
     text = chat.turn([1, 2, 3, 4, 5])
     take_all_pages(chat)
-    for how in ("cancel", "fail"):
-        name = chat.begin([*text, 7], max_tokens=20)
-        for _ in range(4):
-            chat.schedule.step()
-        if how == "cancel":
-            chat.schedule.scheduler.cancel(name)
-        else:
-            chat.schedule.executor.nan_requests.add(name)
-        chat.schedule.run()
+    for is_cancelled in (True, False):
+        chat.spoil([*text, 7], max_tokens=20, after_steps=4, is_cancelled=is_cancelled)
         assert (num_host_pages(chat), chat.pages.active) == (3, 0)
     chat.num_prefilled = 0
     chat.begin([*text, 7])
