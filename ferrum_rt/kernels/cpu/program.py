@@ -1,7 +1,10 @@
 """Instructions for the native step program; ``native/program.h`` and ``native/linear.h`` say the same in C++."""
 
+import ctypes
 import enum
 import struct
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -25,12 +28,38 @@ class Kind(enum.IntEnum):
     INT8 = 3
 
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.int8: 4}
 PER_GRANULE = {Kind.FLOAT32: 1, Kind.BFLOAT16: 2, Kind.FLOAT16: 2, Kind.INT8: 4}
 KINDS = {torch.float32: Kind.FLOAT32, torch.bfloat16: Kind.BFLOAT16, torch.float16: Kind.FLOAT16}
 
 
-def instruction(op: Op, dtype: torch.dtype, rows: int, *words: int) -> bytes:
-    """One instruction; ``words`` are sizes and addresses, in the order of the kernel's struct."""
-    filling = WORDS - 3 - len(words)
-    return struct.pack(f"={WORDS}q", op, TYPES[dtype], rows, *words, *[0] * filling)
+class Rows(enum.IntEnum):
+    """Numbers of rows that each batch has its own of."""
+
+    TOKENS = -1
+    SAMPLED = -2
+    SPANS = -3
+
+
+class BatchSizes(NamedTuple):
+    """What ``Rows`` stand for in one step."""
+
+    tokens: int
+    sampled: int
+    spans: int
+
+
+class Program:
+    """Instructions to be run one after the other."""
+
+    def __init__(self, instructions: Sequence[bytes]) -> None:
+        self.length = len(instructions)
+        self._words = ctypes.create_string_buffer(b"".join(instructions))
+        self.address = ctypes.addressof(self._words)
+
+
+def instruction(op: Op, dtype: torch.dtype, rows: int, *words: int | float) -> bytes:
+    """One instruction; ``words`` are sizes, addresses and numbers, in the order of the kernel's struct."""
+    given = (struct.pack("=d" if isinstance(word, float) else "=q", word) for word in words)
+    packed = struct.pack("=3q", op, TYPES[dtype], rows) + b"".join(given)
+    return packed.ljust(8 * WORDS, b"\0")

@@ -1,111 +1,14 @@
 #include "linear.h"
 
 #include <algorithm>
-#include <utility>
 
-#include "simd.h"
+#include "tile.h"
 
 namespace ferrum {
 namespace {
 
-#if defined(FERRUM_AVX512)
-constexpr int kMaxRows = 14;  // 28 accumulators, 2 vectors of weights and one of x: 31 of 32 registers
-#elif defined(FERRUM_AVX2)
-constexpr int kMaxRows = 6;
-#else
-constexpr int kMaxRows = 6;
-#endif
-constexpr int kVectors = 2;                    // of a panel at a time
-constexpr int kColumns = kVectors * kLanes;    // that is, so many outputs
 constexpr int64_t kRowsPerChunk = 20 * kMaxRows;
-constexpr int64_t kChunkBytes = 256 << 10;      // of weights
-
-// -- what a granule adds to an accumulator ---------------------------------------------------------------------------------
-
-struct DotFloat32 {
-  using Accumulator = F32;
-  static F32 add(F32 sum, uint32_t x, U32 weight) { return multiply_add(bits<F32>(splat<U32>(x)), bits<F32>(weight), sum); }
-};
-
-struct DotBfloat16 {
-  using Accumulator = F32;
-  static F32 add(F32 sum, uint32_t x, U32 weight) {
-#if defined(FERRUM_AVX512) && defined(__AVX512BF16__)
-    return bits<F32>(_mm512_dpbf16_ps(bits<__m512>(sum), bits<__m512bh>(splat<U32>(x)), bits<__m512bh>(weight)));
-#else
-    sum = multiply_add(bits<F32>(splat<U32>(x << 16)), bits<F32>(weight << 16), sum);
-    return multiply_add(bits<F32>(splat<U32>(x & 0xFFFF0000u)), bits<F32>(weight & 0xFFFF0000u), sum);
-#endif
-  }
-};
-
-struct DotFloat16 {
-  using Accumulator = F32;
-  static F32 add(F32 sum, uint32_t x, U32 weight) {
-    U32 both = splat<U32>(x);
-    sum = multiply_add(to_f32(both & 0xFFFFu, F16{}), to_f32(weight & 0xFFFFu, F16{}), sum);
-    return multiply_add(to_f32(both >> 16, F16{}), to_f32(weight >> 16, F16{}), sum);
-  }
-};
-
-// Bytes of x are unsigned (the value plus 128), those of the weights signed, as vpdpbusd has them.
-struct DotInt8 {
-  using Accumulator = I32;
-  static I32 add(I32 sum, uint32_t x, U32 weight) {
-#if defined(FERRUM_AVX512) && defined(__AVX512VNNI__)
-    return bits<I32>(_mm512_dpbusd_epi32(bits<__m512i>(sum), bits<__m512i>(splat<U32>(x)), bits<__m512i>(weight)));
-#elif defined(FERRUM_AVX2)
-    // Bytes as pairs of 16 bits: the even ones, then the odd ones.
-    __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(bits<__m256i>(weight), 8), 8);
-    __m256i odd = _mm256_srai_epi16(bits<__m256i>(weight), 8);
-    sum += bits<I32>(_mm256_madd_epi16(bits<__m256i>(splat<U32>(x & 0x00FF00FFu)), even));
-    return sum + bits<I32>(_mm256_madd_epi16(bits<__m256i>(splat<U32>((x >> 8) & 0x00FF00FFu)), odd));
-#else
-    for (int byte = 0; byte < 4; ++byte) {
-      I32 value = bits<I32>(weight << (24 - 8 * byte)) >> 24;
-      sum += value * static_cast<int32_t>((x >> (8 * byte)) & 0xFFu);
-    }
-    return sum;
-#endif
-  }
-};
-
-// -- a tile: some rows by some columns of a panel --------------------------------------------------------------------------
-
-// Lines of weights to fetch while computing: each step of the inner loop asks for `lines` of them.
-struct Ahead {
-  const char* from;
-  int lines;
-};
-
-template <class Dot, int kRows>
-void tile(const LinearArguments& a, const uint32_t* x, const uint32_t* weight, Ahead ahead,
-          typename Dot::Accumulator (&sums)[kMaxRows][kVectors]) {
-  typename Dot::Accumulator local[kRows][kVectors]{};
-  for (int64_t k = 0; k < a.granules; ++k) {
-    U32 w[kVectors];
-    for (int v = 0; v < kVectors; ++v) w[v] = load_raw<U32>(weight + k * kPanel + v * kLanes);
-    for (int line = 0; line < ahead.lines; ++line) __builtin_prefetch(ahead.from + (k * ahead.lines + line) * 64, 0, 2);
-#pragma GCC unroll 16
-    for (int row = 0; row < kRows; ++row) {
-      const uint32_t value = x[row * a.x_stride + k];
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) local[row][v] = Dot::add(local[row][v], value, w[v]);
-    }
-  }
-  for (int row = 0; row < kRows; ++row)
-    for (int v = 0; v < kVectors; ++v) sums[row][v] = local[row][v];
-}
-
-template <class Dot>
-using Tile = void (*)(const LinearArguments&, const uint32_t*, const uint32_t*, Ahead,
-                      typename Dot::Accumulator (&)[kMaxRows][kVectors]);
-
-template <class Dot, int... kRows>
-Tile<Dot> tile_of(int rows, std::integer_sequence<int, kRows...>) {
-  static constexpr Tile<Dot> tiles[] = {tile<Dot, kRows + 1>...};
-  return tiles[rows - 1];
-}
+constexpr int64_t kChunkBytes = 256 << 10;  // of weights
 
 F32 finish(const LinearArguments&, F32 sum, int64_t, int64_t) { return sum; }
 
@@ -122,14 +25,15 @@ void panel(const LinearArguments& a, int64_t rows, int64_t first_row, int64_t in
   int64_t pass = 0;
   for (int64_t row = 0, tiles = ceil_div(rows, kMaxRows); tiles > 0; --tiles) {
     const int height = static_cast<int>(ceil_div(rows - row, tiles));  // tiles of like height
-    const auto compute = tile_of<Dot>(height, std::make_integer_sequence<int, kMaxRows>{});
+    const auto compute = tile_of<Dot>(height);
     for (int part = 0; part < kPanel; part += kColumns, ++pass) {
       const int64_t column = index * kPanel + part;
       if (column >= a.width) break;
       // The next panel comes into the second-level cache with the first two passes over this one.
       const int lines = passes == 1 ? 2 : pass < 2 ? 1 : 0;
       typename Dot::Accumulator sums[kMaxRows][kVectors];
-      compute(a, a.x + (first_row + row) * a.x_stride, weight + part, {next + (pass == 1 ? a.granules * 64 : 0), lines}, sums);
+      compute(a.x + (first_row + row) * a.x_stride, a.x_stride, weight + part, a.granules,
+              {next + (pass == 1 ? a.granules * 64 : 0), lines}, sums);
       for (int r = 0; r < height; ++r) {
         auto* out = static_cast<T*>(a.out) + (first_row + row + r) * a.stride;
         for (int v = 0; v < kVectors; ++v) {

@@ -9,8 +9,6 @@
 
 namespace ferrum {
 
-constexpr int kPanel = 32;
-
 // What the granules hold, as the Python side numbers them.
 enum class Kind : int64_t { kFloat32, kBfloat16, kFloat16, kInt8 };
 

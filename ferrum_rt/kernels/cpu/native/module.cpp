@@ -30,8 +30,8 @@ void want_large_pages([[maybe_unused]] int64_t address, [[maybe_unused]] int64_t
 #endif
 }
 
-void run(int64_t pool, int64_t program, int64_t length, int64_t tokens, int64_t sampled) {
-  at<Pool>(pool)->run(at<const Instruction>(program), length, {tokens, sampled});
+void run(int64_t pool, int64_t program, int64_t length, int64_t tokens, int64_t sampled, int64_t spans) {
+  at<Pool>(pool)->run(at<const Instruction>(program), length, {tokens, sampled, spans});
 }
 
 void pack_weight(int64_t type, int64_t weight, int64_t rows, int64_t width, int64_t kind, int64_t out, int64_t scales,

@@ -8,17 +8,18 @@ namespace ferrum {
 // As the Python side numbers them (program.py).
 enum class Op : int64_t { kPrepare, kLinear, kCount };
 
-enum class Type : int64_t { kFloat32, kBfloat16, kFloat16 };
+enum class Type : int64_t { kFloat32, kBfloat16, kFloat16, kFp8, kInt8 };  // the last two of pages only
 
 // Sizes that are a batch's, wherever an instruction has one of these for a number of rows.
 constexpr int64_t kTokens = -1;
 constexpr int64_t kSampled = -2;
+constexpr int64_t kSpans = -3;
 
 struct Sizes {
-  int64_t tokens, sampled;
+  int64_t tokens, sampled, spans;
 
   int64_t operator()(int64_t size) const {
-    return size == kTokens ? tokens : size == kSampled ? sampled : size;
+    return size == kTokens ? tokens : size == kSampled ? sampled : size == kSpans ? spans : size;
   }
 };
 

@@ -31,6 +31,8 @@ using F32 = float __attribute__((vector_size(kLanes * 4)));
 using I32 = int32_t __attribute__((vector_size(kLanes * 4)));
 using U32 = uint32_t __attribute__((vector_size(kLanes * 4)));
 using U16 = uint16_t __attribute__((vector_size(kLanes * 2)));
+using I8 = int8_t __attribute__((vector_size(kLanes)));
+using U8 = uint8_t __attribute__((vector_size(kLanes)));
 
 template <class Vector, class Scalar>
 inline Vector splat(Scalar value) {
@@ -79,6 +81,7 @@ inline F32 multiply_add(F32 a, F32 b, F32 c) {
 }
 
 inline F32 max(F32 a, F32 b) { return choose(a > b, a, b); }
+inline F32 min(F32 a, F32 b) { return choose(a < b, a, b); }
 
 // In an order that depends on nothing but the number of lanes.
 inline float sum(F32 x) {
@@ -102,6 +105,9 @@ struct Bf16 {
 };
 struct F16 {
   uint16_t value;
+};
+struct Fp8 {  // e4m3fn: no infinity, one NaN
+  uint8_t value;
 };
 
 inline F32 to_f32(U32 halves, Bf16) { return bits<F32>(halves << 16); }
@@ -133,6 +139,26 @@ inline U32 round_to_f16(F32 x) {
   U32 result = bits<U32>(choose(magnitude < 0x1p-14f, bits<F32>(denormal), bits<F32>(normal)));
   result = bits<U32>(choose(magnitude >= 65520.0f, bits<F32>(splat<U32>(0x7C00u)), bits<F32>(result)));
   result = bits<U32>(choose(x != x, bits<F32>(splat<U32>(0x7E00u)), bits<F32>(result)));
+  return result | sign;
+}
+
+inline F32 to_f32(U32 bytes, Fp8) {
+  U32 sign = (bytes & 0x80u) << 24;
+  F32 value = bits<F32>((bytes & 0x7Fu) << 20) * 0x1p120f;
+  I32 is_nan = bits<I32>(bytes & 0x7Fu) == 0x7F;
+  value = choose(is_nan, splat<F32>(NAN), value);
+  return bits<F32>(bits<U32>(value) | sign);
+}
+
+// What is too large becomes the largest, 448.
+inline U32 round_to_fp8(F32 x) {
+  U32 sign = (bits<U32>(x) >> 24) & 0x80u;
+  F32 magnitude = min(bits<F32>(bits<U32>(x) & 0x7FFFFFFFu), splat<F32>(448.0f));
+  U32 raw = bits<U32>(magnitude);
+  U32 normal = ((raw + 0x7FFFFu + ((raw >> 20) & 1u)) >> 20) - (120u << 3);
+  U32 denormal = bits<U32>(magnitude + 0x1p14f) - bits<U32>(splat<F32>(0x1p14f));
+  U32 result = bits<U32>(choose(magnitude < 0x1p-6f, bits<F32>(denormal), bits<F32>(normal)));
+  result = bits<U32>(choose(x != x, bits<F32>(splat<U32>(0x7Fu)), bits<F32>(result)));
   return result | sign;
 }
 
@@ -178,8 +204,66 @@ inline F32 load(const F16* from, int count = kLanes) {
 
 inline void store(F16* to, F32 x, int count = kLanes) { store_halves(to, round_to_f16(x), count); }
 
+inline F32 load(const Fp8* from, int count = kLanes) {
+  U8 raw = count == kLanes ? load_raw<U8>(from) : load_raw<U8>(from, count);
+  return to_f32(__builtin_convertvector(raw, U32), Fp8{});
+}
+
+inline void store(Fp8* to, F32 x, int count = kLanes) {
+  U8 raw = __builtin_convertvector(round_to_fp8(x), U8);
+  std::memcpy(to, &raw, count);
+}
+
+inline F32 load(const int8_t* from, int count = kLanes) {
+  I8 raw = count == kLanes ? load_raw<I8>(from) : load_raw<I8>(from, count);
+  return __builtin_convertvector(__builtin_convertvector(raw, I32), F32);
+}
+
 // Rounds to the nearest, halves to even: adding 1.5 * 2^23 leaves no bits behind the point.
 inline I32 round_to_int(F32 x) { return bits<I32>(x + 0x1.8p23f) - 0x4B400000; }
+
+inline void store(int8_t* to, F32 x, int count = kLanes) {
+  I8 raw = __builtin_convertvector(round_to_int(x), I8);
+  std::memcpy(to, &raw, count);
+}
+
+// One value, rounded as a vector of them would be.
+template <class T>
+inline float round_to(float x) {
+  T stored[kLanes];
+  store(stored, splat<F32>(x));
+  return load(stored)[0];
+}
+
+// -- functions -------------------------------------------------------------------------------------------------------------
+
+// e^x within two units in the last place; 0 below -87.
+inline F32 exp(F32 x) {
+  F32 bounded = min(max(x, splat<F32>(-87.0f)), splat<F32>(88.0f));
+  I32 power = round_to_int(bounded * 1.44269504f);
+  F32 whole = __builtin_convertvector(power, F32);
+  F32 rest = bounded - whole * 0.693359375f + whole * 2.12194440e-4f;
+  F32 y = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * rest + 8.3334519073e-3f;
+  y = y * rest + 4.1665795894e-2f;
+  y = y * rest + 1.6666665459e-1f;
+  y = y * rest + 5.0000001201e-1f;
+  y = y * rest * rest + rest + 1.0f;
+  F32 result = y * bits<F32>((power + 127) << 23);
+  result = choose(x < -87.0f, F32{}, result);
+  return choose(x == x, result, x);
+}
+
+inline F32 tanh(F32 x) {
+  F32 magnitude = bits<F32>(bits<U32>(x) & 0x7FFFFFFFu);
+  F32 power = exp(min(magnitude, splat<F32>(20.0f)) * -2.0f);
+  F32 large = (1.0f - power) / (1.0f + power);
+  F32 square = x * x;  // near 0 the difference above has no digits left
+  F32 small = magnitude - magnitude * square * (1.0f / 3.0f) + magnitude * square * square * (2.0f / 15.0f);
+  F32 result = choose(magnitude < 0.06f, small, large);
+  result = bits<F32>(bits<U32>(result) | (bits<U32>(x) & 0x80000000u));
+  return choose(x == x, result, x);
+}
 
 // -- loops -----------------------------------------------------------------------------------------------------------------
 
