@@ -1,4 +1,4 @@
-"""TensorOps for the CPU, by native kernels. Each call is one or two instructions, which are run at once, or written down to be
+"""TensorOps for the CPU, by native kernels. Each call is a few instructions, which are run at once, or written down to be
 run for every batch."""
 
 from collections.abc import Callable, Sequence
