@@ -17,6 +17,9 @@ class Op(enum.IntEnum):
 
     PREPARE = 0
     LINEAR = 1
+    APPEND = 2
+    PLAN = 3
+    ATTENTION = 4
 
 
 class Kind(enum.IntEnum):

@@ -6,7 +6,7 @@
 namespace ferrum {
 
 // As the Python side numbers them (program.py).
-enum class Op : int64_t { kPrepare, kLinear, kCount };
+enum class Op : int64_t { kPrepare, kLinear, kAppend, kPlan, kAttention, kCount };
 
 enum class Type : int64_t { kFloat32, kBfloat16, kFloat16, kFp8, kInt8 };  // the last two of pages only
 
@@ -48,6 +48,7 @@ struct Kernel {
 };
 
 extern const Kernel kPrepareKernel, kLinearKernel;
+extern const Kernel kAppendKernel, kPlanKernel, kAttentionKernel;
 
 const Kernel& kernel_of(Op op);
 
