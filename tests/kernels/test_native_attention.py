@@ -187,11 +187,7 @@ def test_every_instruction_set_computes_the_same(tmp_path: Path, flags: str) -> 
         for dtype in BOUNDS:
             for kv_dtype in KV_DTYPES:
                 test_pages_hold_what_the_reference_writes(opened, dtype, kv_dtype)
-                for heads, dim, window, soft_cap in [
-                    ((4, 2), 16, None, None),
-                    ((9, 1), 33, 150, 2.0),
-                    ((4, 4), 80, 5, None),
-                ]:
+                for heads, dim, window, soft_cap in cases:
                     check_attention(Case(ANY_LENGTHS, heads, dim, kv_dtype, ops=opened, dtype=dtype), window, soft_cap)
             test_a_row_does_not_depend_on_the_chunks(opened, dtype, torch.bfloat16, None)
     finally:
