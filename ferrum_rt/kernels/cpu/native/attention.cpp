@@ -89,7 +89,7 @@ void plan_run(const Instruction& i, const Sizes& sizes, int64_t) {
 // -- keys and values as granules -------------------------------------------------------------------------------------------
 
 template <int kStep, int... kAt>
-void exchange(U32& a, U32& b, std::integer_sequence<int, kAt...>) {
+inline void exchange(U32& a, U32& b, std::integer_sequence<int, kAt...>) {
   const U32 low = __builtin_shufflevector(a, b, (kAt & kStep ? kLanes + kAt - kStep : kAt)...);
   b = __builtin_shufflevector(a, b, (kAt & kStep ? kLanes + kAt : kAt + kStep)...);
   a = low;
@@ -97,25 +97,34 @@ void exchange(U32& a, U32& b, std::integer_sequence<int, kAt...>) {
 
 // Transposes a square.
 template <int kStep = kLanes / 2>
-void transpose(U32 (&square)[kLanes]) {
+[[gnu::always_inline]] inline void transpose(U32 (&square)[kLanes]) {
 #pragma GCC unroll 16
   for (int row = 0; row < kLanes; ++row)
     if ((row & kStep) == 0) exchange<kStep>(square[row], square[row + kStep], std::make_integer_sequence<int, kLanes>{});
   if constexpr (kStep > 1) transpose<kStep / 2>(square);
 }
 
+// a[0], b[0], a[1], b[1] and so on, from element `kFirst` of each.
+template <int kFirst, int... kAt>
+inline U32 zip(U32 a, U32 b, std::integer_sequence<int, kAt...>) {
+  using Halves = uint16_t __attribute__((vector_size(kLanes * 4)));
+  return bits<U32>(__builtin_shufflevector(bits<Halves>(a), bits<Halves>(b), (kFirst + kAt / 2 + kAt % 2 * 2 * kLanes)...));
+}
+
+inline void write(uint32_t* to, U32 x) { std::memcpy(to, &x, sizeof(x)); }
+
 template <class T>
-U32 bf16_of(const T* from, int count) {
-  return round_to_bf16(load(from, count));
-}
+constexpr bool kIsByte = sizeof(T) == 1;
 
-U32 bf16_of(const Bf16* from, int count) {
-  U16 raw = count == kLanes ? load_raw<U16>(from) : load_raw<U16>(from, count);
-  return __builtin_convertvector(raw, U32);
+// Element `at` of the rows whose words, of four bytes, these are: words[i] has word i of each.
+template <class T>
+inline F32 element(const U32* words, int at) {
+  constexpr int kPerWord = 4 / sizeof(T), kBits = 32 / kPerWord;
+  if constexpr (kPerWord == 1)
+    return bits<F32>(words[at]);
+  else
+    return to_f32((words[at / kPerWord] >> (at % kPerWord * kBits)) & ((1u << kBits) - 1), T{});
 }
-
-U32 bf16_of(const int8_t* from, int count) { return bits<U32>(load(from, count)) >> 16; }  // exact
-U32 bf16_of(const Fp8* from, int count) { return bits<U32>(load(from, count)) >> 16; }     // too
 
 // Granules of one number.
 struct Floats {
@@ -123,16 +132,16 @@ struct Floats {
   using Element = float;
   static constexpr int kEach = 1;
 
-  // Of a row's dimensions.
+  // Granule `at` of each row.
   template <class T>
-  static U32 along(const T* from, int count) {
-    return bits<U32>(load(from, count));
+  static U32 granule(const U32* words, int at) {
+    return bits<U32>(element<T>(words, at));
   }
 
-  // Of one dimension each, from kEach rows.
+  // 2 * kLanes columns of kEach rows.
   template <class T>
-  static U32 across(const T* const* rows, int, int64_t at, int count) {
-    return bits<U32>(load(rows[0] + at, count));
+  static void columns(const T* const* rows, uint32_t* out) {
+    for (int at = 0; at < 2 * kLanes; at += kLanes) write(out + at, bits<U32>(load(rows[0] + at, kLanes)));
   }
 };
 
@@ -143,56 +152,107 @@ struct Pairs {
   static constexpr int kEach = 2;
 
   template <class T>
-  static U32 along(const T* from, int count) {
+  static U32 granule(const U32* words, int at) {
     if constexpr (std::is_same_v<T, Bf16>)
-      if (count == 2 * kLanes) return load_raw<U32>(from);
-    const U16 parts[2] = {__builtin_convertvector(bf16_of(from, std::min(count, kLanes)), U16),
-                          __builtin_convertvector(bf16_of(from + kLanes, std::max(count - kLanes, 0)), U16)};
-    return load_raw<U32>(parts);
+      return words[at];
+    else if constexpr (kIsByte<T>)
+      return at % 2 ? to_bf16(words[at / 2], T{}).second : to_bf16(words[at / 2], T{}).first;
+    else
+      return round_to_bf16(element<T>(words, 2 * at)) | round_to_bf16(element<T>(words, 2 * at + 1)) << 16;
   }
 
   template <class T>
-  static U32 across(const T* const* rows, int present, int64_t at, int count) {
-    const U32 low = bf16_of(rows[0] + at, count);
-    return present > 1 ? low | bf16_of(rows[1] + at, count) << 16 : low;
+  static void columns(const T* const* rows, uint32_t* out) {
+    const auto all = std::make_integer_sequence<int, 2 * kLanes>{};
+    if constexpr (std::is_same_v<T, Bf16>) {
+      const U32 a = load_raw<U32>(rows[0]), b = load_raw<U32>(rows[1]);
+      write(out, zip<0>(a, b, all));
+      write(out + kLanes, zip<kLanes>(a, b, all));
+    } else if constexpr (kIsByte<T>) {
+      const auto bytes = [](const T* from) { return widen(load_raw<U8>(from)); };
+      const U32 a = bytes(rows[0]) | bytes(rows[0] + kLanes) << 16, b = bytes(rows[1]) | bytes(rows[1] + kLanes) << 16;
+      const Bf16Pairs pairs = to_bf16(a | b << 8, T{});
+      write(out, pairs.first);
+      write(out + kLanes, pairs.second);
+    } else {
+      for (int at = 0; at < 2 * kLanes; at += kLanes)
+        write(out + at, round_to_bf16(load(rows[0] + at, kLanes)) | round_to_bf16(load(rows[1] + at, kLanes)) << 16);
+    }
   }
 };
 
 // Where the keys of a block lie, for one head; each key's value is `to_value` elements behind it.
 template <class T>
 struct Block {
-  const T* keys[kKeys];
   int64_t size;
+  const T* keys[kKeys];
+  float key_scales[kKeys], value_scales[kKeys];  // of int8
 };
+
+// What is there in place of a key or value that is not, as far as a vector goes.
+template <class T>
+inline const T* nothing() {
+  alignas(64) static constexpr std::byte zeros[2 * kLanes * sizeof(float)]{};
+  return reinterpret_cast<const T*>(zeros);
+}
+
+// `count` elements, and zeros behind them.
+template <class T>
+inline U32 load_words(const T* from, int64_t count) {
+  U32 words{};
+  std::memcpy(&words, from, count * sizeof(T));
+  return words;
+}
+
+// Brings a line of memory to the second-level cache, unless it is there.
+inline void fetch(const void* from) { __builtin_prefetch(from, 0, 2); }
 
 // Keys `first` to `first` + kPanel as a panel [granules of dim][keys]. Those that there are none of are zero, and not read.
 template <class G, class T>
-void pack_keys(const Block<T>& block, int64_t first, int64_t dim, uint32_t* panel) {
-  const int64_t granules = ceil_div(dim, G::kEach);
-  for (int part = 0; part < kPanel; part += kLanes)
-    for (int64_t at = 0; at < granules; at += kLanes) {
-      const auto count = static_cast<int>(std::min<int64_t>(G::kEach * kLanes, dim - at * G::kEach));
-      const auto present = std::min<int64_t>(kLanes, block.size - first - part);
+void pack_keys(const Block<T>& block, const Block<T>& next, int64_t first, int64_t dim, uint32_t* panel) {
+  constexpr int kPerSquare = kLanes * 4 / sizeof(T), kGranules = kPerSquare / G::kEach;
+  for (int64_t key = first; key < first + kPanel; key += kLanes) {
+    const auto present = static_cast<int>(std::clamp<int64_t>(block.size - key, 0, kLanes));
+    const auto coming = static_cast<int>(std::clamp<int64_t>(next.size - key, 0, kLanes));
+    for (int64_t at = 0; at < dim; at += kPerSquare) {
+      const int64_t rest = dim - at;
       U32 square[kLanes];
-      for (int i = 0; i < kLanes; ++i)
-        square[i] = i < present ? G::along(block.keys[first + part + i] + at * G::kEach, count) : U32{};
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        const T* from = i < present ? block.keys[key + i] + at : nothing<T>();
+        square[i] = rest >= kPerSquare ? load_raw<U32>(from) : load_words(from, rest);
+      }
+      for (int i = 0; i < coming; ++i) fetch(next.keys[key + i] + at);
       transpose(square);
-      const auto lines = std::min<int64_t>(kLanes, granules - at);
-      for (int i = 0; i < lines; ++i) std::memcpy(panel + (at + i) * kPanel + part, &square[i], sizeof(U32));
+      uint32_t* out = panel + at / G::kEach * kPanel + (key - first);
+      if (rest >= kPerSquare) {
+#pragma GCC unroll 64
+        for (int i = 0; i < kGranules; ++i) write(out + i * kPanel, G::template granule<T>(square, i));
+      } else {
+        for (int i = 0; i < ceil_div(rest, G::kEach); ++i) write(out + i * kPanel, G::template granule<T>(square, i));
+      }
     }
+  }
 }
 
 // Dimensions `first` to `first` + kPanel of a block's values as a panel [granules of keys][dimensions].
 template <class G, class T>
-void pack_values(const Block<T>& block, int64_t to_value, int64_t first, int64_t dim, uint32_t* panel) {
-  for (int64_t key = 0; key < block.size; key += G::kEach) {
-    const T* rows[G::kEach];
-    const auto present = static_cast<int>(std::min<int64_t>(G::kEach, block.size - key));
-    for (int i = 0; i < present; ++i) rows[i] = block.keys[key + i] + to_value;
-    for (int part = 0; part < kPanel; part += kLanes) {
-      const auto count = static_cast<int>(std::min<int64_t>(kLanes, dim - first - part));
-      const U32 line = count > 0 ? G::across(rows, present, first + part, count) : U32{};
-      std::memcpy(panel + key / G::kEach * kPanel + part, &line, sizeof(line));
+void pack_values(const Block<T>& block, const Block<T>& next, int64_t to_value, int64_t first, int64_t dim, uint32_t* panel) {
+  constexpr int kPart = 2 * kLanes;
+  for (int64_t key = 0; key < block.size; key += G::kEach, panel += kPanel) {
+    for (int64_t i = key; i < std::min(key + G::kEach, next.size); ++i) fetch(next.keys[i] + to_value + first);
+    for (int64_t part = 0; part < std::min<int64_t>(kPanel, dim - first); part += kPart) {
+      const int64_t rest = dim - first - part;
+      const T* rows[G::kEach];
+      T padded[G::kEach][kPart];
+      for (int i = 0; i < G::kEach; ++i) {
+        rows[i] = key + i < block.size ? block.keys[key + i] + to_value + first + part : nothing<T>();
+        if (rest >= kPart) continue;
+        std::memset(padded[i], 0, sizeof(padded[i]));
+        std::memcpy(padded[i], rows[i], rest * sizeof(T));
+        rows[i] = padded[i];
+      }
+      G::columns(rows, panel + part);
     }
   }
 }
@@ -267,7 +327,7 @@ class Attention {
         granules_(ceil_div(a.dim, G::kEach)),
         width_(ceil_div(a.dim, kPanel) * kPanel) {
     const int64_t panel = std::max(granules_, kKeys) * kPanel;
-    scratch.reset(4 * (rows_ * (granules_ + width_ + 2 * kKeys + 3) + panel + 2 * kKeys) + 64 * 9);
+    scratch.reset(4 * (rows_ * (granules_ + width_ + 2 * kKeys + 3) + panel) + 64 * 8);
     q_ = scratch.take<uint32_t>(rows_ * granules_);
     panel_ = scratch.take<uint32_t>(panel);
     scores_ = scratch.take<float>(rows_ * kKeys);
@@ -276,8 +336,6 @@ class Attention {
     most_ = scratch.take<float>(rows_);
     total_ = scratch.take<float>(rows_);
     factor_ = scratch.take<float>(rows_);
-    key_scales_ = scratch.take<float>(kKeys);
-    value_scales_ = scratch.take<float>(kKeys);
   }
 
   void run() {
@@ -285,11 +343,14 @@ class Attention {
     std::fill_n(most_, rows_, kNothing);
     std::fill_n(total_, rows_, 0.0f);
     std::fill_n(sums_, rows_ * width_, 0.0f);
-    const int64_t end = position_ + count_;
-    for (int64_t base = std::max<int64_t>(0, position_ - a_.window + 1) / kKeys * kKeys; base < end; base += kKeys) {
-      locate(base, std::min(kKeys, end - base));
+    int64_t base = std::max<int64_t>(0, position_ - a_.window + 1) / kKeys * kKeys;
+    locate(next_, base);
+    fetch_all();
+    for (; base < position_ + count_; base += kKeys) {
+      std::swap(block_, next_);
+      locate(next_, base + kKeys);
       score(base);
-      const Range rows = seen_by(base, base + block_.size);
+      const Range rows = seen_by(base, base + block_->size);
       for (int64_t row = rows.first; row < rows.end; ++row) weigh(base, row);
       add_values(rows);
     }
@@ -322,25 +383,33 @@ class Attention {
     }
   }
 
-  void locate(int64_t base, int64_t size) {
+  void locate(Block<Page>* block, int64_t base) const {
     const int64_t* table = a_.block_tables + span_.slot * a_.table_stride;
-    block_.size = size;
-    for (int64_t key = 0; key < size; ++key) {
-      const int64_t position = base + key;
-      const int64_t row = table[position / a_.block_size] * a_.block_size + position % a_.block_size;
-      block_.keys[key] = static_cast<const Page*>(a_.pages) + (row * 2 * a_.heads + head_) * a_.dim;
-      if constexpr (kIsScaled) {
-        key_scales_[key] = a_.scales[row * 2 * a_.heads + head_];
-        value_scales_[key] = a_.scales[(row * 2 + 1) * a_.heads + head_];
+    block->size = std::clamp<int64_t>(position_ + count_ - base, 0, kKeys);
+    int64_t page = base / a_.block_size, within = base % a_.block_size;
+    for (int64_t key = 0; key < block->size; ++page, within = 0) {
+      int64_t row = (table[page] * a_.block_size + within) * 2 * a_.heads + head_;
+      for (; within < a_.block_size && key < block->size; ++within, ++key, row += 2 * a_.heads) {
+        block->keys[key] = static_cast<const Page*>(a_.pages) + row * a_.dim;
+        if constexpr (kIsScaled) {
+          block->key_scales[key] = a_.scales[row];
+          block->value_scales[key] = a_.scales[row + a_.heads];
+        }
       }
     }
   }
 
+  void fetch_all() const {
+    for (int64_t part = 0; part < 2; ++part)
+      for (int64_t key = 0; key < next_->size; ++key)
+        for (int64_t at = 0; at < a_.dim; at += 64 / sizeof(Page)) fetch(next_->keys[key] + part * a_.heads * a_.dim + at);
+  }
+
   void score(int64_t base) {
-    for (int64_t first = 0; first < block_.size; first += kPanel) {
-      const Range rows = seen_by(base + first, base + std::min(first + kPanel, block_.size));
+    for (int64_t first = 0; first < block_->size; first += kPanel) {
+      const Range rows = seen_by(base + first, base + std::min(first + kPanel, block_->size));
       if (rows.first >= rows.end) continue;
-      pack_keys<G>(block_, first, a_.dim, panel_);
+      pack_keys<G>(*block_, *next_, first, a_.dim, panel_);
       multiply<typename G::Dot>(q_, granules_, rows, panel_, granules_, [&](int64_t row, int column, F32 value) {
         store(scores_ + row * kKeys + first + column, value);
       });
@@ -351,7 +420,7 @@ class Attention {
   void weigh(int64_t base, int64_t row) {
     const int64_t last = position_of(row) - base;
     const auto first = static_cast<int32_t>(std::max<int64_t>(0, last - a_.window + 1));
-    const auto end = static_cast<int32_t>(std::min(last + 1, block_.size));
+    const auto end = static_cast<int32_t>(std::min(last + 1, block_->size));
     const int from = first / kLanes, to = static_cast<int>(ceil_div(end, kLanes));
     I32 lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = i;
@@ -363,7 +432,7 @@ class Attention {
     F32 most = splat<F32>(most_[row]);
     for (int v = from; v < to; ++v) {
       F32 value = load(scores_ + row * kKeys + v * kLanes) * static_cast<float>(a_.scale);
-      if constexpr (kIsScaled) value *= load(key_scales_ + v * kLanes);
+      if constexpr (kIsScaled) value *= load(block_->key_scales + v * kLanes);
       if (a_.soft_cap > 0) {
         const auto cap = static_cast<float>(a_.soft_cap);
         value = tanh(value / cap) * cap;
@@ -381,7 +450,7 @@ class Attention {
       if (v >= from && v < to) {
         weight = choose(is_seen(v), exp(scores[v] - highest_so_far), F32{});
         total += weight;
-        if constexpr (kIsScaled) weight = choose(is_seen(v), weight * load(value_scales_ + v * kLanes), F32{});
+        if constexpr (kIsScaled) weight = choose(is_seen(v), weight * load(block_->value_scales + v * kLanes), F32{});
       }
       store(weights + v * kLanes, weight);
     }
@@ -391,8 +460,8 @@ class Attention {
   void add_values(Range rows) {
     const auto* weights = reinterpret_cast<const uint32_t*>(weights_);
     for (int64_t first = 0; first < a_.dim; first += kPanel) {
-      pack_values<G>(block_, a_.heads * a_.dim, first, a_.dim, panel_);
-      multiply<typename G::Dot>(weights, kKeys / G::kEach, rows, panel_, ceil_div(block_.size, G::kEach),
+      pack_values<G>(*block_, *next_, a_.heads * a_.dim, first, a_.dim, panel_);
+      multiply<typename G::Dot>(weights, kKeys / G::kEach, rows, panel_, ceil_div(block_->size, G::kEach),
                                 [&](int64_t row, int column, F32 value) {
                                   float* sum = sums_ + row * width_ + first + column;
                                   store(sum, load(sum) * factor_[row] + value);
@@ -413,9 +482,9 @@ class Attention {
   const AttentionArguments& a_;
   const Span& span_;
   const int64_t first_row_, position_, count_, head_, rows_, granules_, width_;
-  Block<Page> block_;
+  Block<Page> blocks_[2], *block_ = &blocks_[0], *next_ = &blocks_[1];
   uint32_t *q_, *panel_;
-  float *scores_, *sums_, *most_, *total_, *factor_, *key_scales_, *value_scales_;
+  float *scores_, *sums_, *most_, *total_, *factor_;
   typename G::Element* weights_;
 };
 

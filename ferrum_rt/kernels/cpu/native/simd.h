@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -31,7 +32,6 @@ using F32 = float __attribute__((vector_size(kLanes * 4)));
 using I32 = int32_t __attribute__((vector_size(kLanes * 4)));
 using U32 = uint32_t __attribute__((vector_size(kLanes * 4)));
 using U16 = uint16_t __attribute__((vector_size(kLanes * 2)));
-using I8 = int8_t __attribute__((vector_size(kLanes)));
 using U8 = uint8_t __attribute__((vector_size(kLanes)));
 
 template <class Vector, class Scalar>
@@ -60,6 +60,45 @@ inline Vector load_raw(const void* from, int count) {
   Vector result{};
   std::memcpy(&result, from, count * (sizeof(Vector) / kLanes));
   return result;
+}
+
+// What the compilers make of __builtin_convertvector is up to sixteen times as long.
+inline U32 widen(U16 x) {
+#if defined(FERRUM_AVX512)
+  return bits<U32>(_mm512_cvtepu16_epi32(bits<__m256i>(x)));
+#elif defined(FERRUM_AVX2)
+  return bits<U32>(_mm256_cvtepu16_epi32(bits<__m128i>(x)));
+#else
+  return __builtin_convertvector(x, U32);
+#endif
+}
+
+inline U32 widen(U8 x) {
+#if defined(FERRUM_AVX512)
+  return bits<U32>(_mm512_cvtepu8_epi32(bits<__m128i>(x)));
+#elif defined(FERRUM_AVX2)
+  return bits<U32>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bits<int64_t>(x))));
+#else
+  return __builtin_convertvector(__builtin_convertvector(x, U16), U32);
+#endif
+}
+
+// The lower halves.
+inline U16 narrow(U32 x) {
+#if defined(FERRUM_AVX512)
+  return bits<U16>(_mm512_cvtepi32_epi16(bits<__m512i>(x)));
+#else
+  return __builtin_convertvector(x, U16);
+#endif
+}
+
+// The lowest bytes.
+inline U8 narrow_to_bytes(U32 x) {
+#if defined(FERRUM_AVX512)
+  return bits<U8>(_mm512_cvtepi32_epi8(bits<__m512i>(x)));
+#else
+  return __builtin_convertvector(__builtin_convertvector(x, U16), U8);
+#endif
 }
 
 inline F32 choose(I32 condition, F32 yes, F32 no) {
@@ -162,6 +201,64 @@ inline U32 round_to_fp8(F32 x) {
   return result | sign;
 }
 
+inline F32 to_f32(U32 bytes, int8_t) { return __builtin_convertvector(bits<I32>(bytes << 24) >> 24, F32); }
+
+// Bytes 0 and 1 of each lane as a pair of bfloat16, and bytes 2 and 3; T, int8_t or Fp8, says what they are.
+struct Bf16Pairs {
+  U32 first, second;
+};
+
+#if defined(FERRUM_AVX512) && defined(__AVX512VBMI__)
+// The halves of a bfloat16 by the magnitude in a byte.
+template <class T>
+struct alignas(64) Bf16Bytes {
+  uint8_t low[128], high[128];
+
+  constexpr Bf16Bytes() : low(), high() {
+    for (int i = 0; i < 128; ++i) {
+      float value = static_cast<float>(i);
+      if constexpr (std::is_same_v<T, Fp8>) {
+        value = static_cast<float>(i < 8 ? i : i % 8 + 8) / 512.0f;
+        for (int power = 1; power < i / 8; ++power) value *= 2.0f;
+      }
+      const uint32_t raw = std::is_same_v<T, Fp8> && i == 127 ? 0x7FC00000u : __builtin_bit_cast(uint32_t, value);
+      low[i] = static_cast<uint8_t>(raw >> 16);
+      high[i] = static_cast<uint8_t>(raw >> 24);
+    }
+  }
+};
+
+template <class T>
+inline constexpr Bf16Bytes<T> kBf16Bytes{};
+
+// Byte 4 * i + j of the result is byte 4 * i + (j + kFirst) / 2 of the first vector (j even) or the second.
+template <int kFirst, int... kAt>
+inline __m512i zip_bytes(__m512i even, __m512i odd, std::integer_sequence<int, kAt...>) {
+  using Bytes = uint8_t __attribute__((vector_size(64)));
+  return bits<__m512i>(__builtin_shufflevector(bits<Bytes>(even), bits<Bytes>(odd),
+                                               (kAt / 4 * 4 + (kAt % 4 + kFirst) / 2 + kAt % 2 * 64)...));
+}
+
+template <class T>
+inline Bf16Pairs to_bf16(U32 bytes, T) {
+  const auto& table = kBf16Bytes<T>;
+  const auto x = bits<__m512i>(bytes);
+  const auto index = std::is_same_v<T, Fp8> ? x : _mm512_abs_epi8(x);  // of which the highest bit is not looked at
+  const auto find = [&](const uint8_t* from) {
+    return _mm512_permutex2var_epi8(load_raw<__m512i>(from), index, load_raw<__m512i>(from + 64));
+  };
+  const auto low = find(table.low), high = _mm512_or_si512(find(table.high), _mm512_and_si512(x, _mm512_set1_epi8(-128)));
+  const auto all = std::make_integer_sequence<int, 64>{};
+  return {bits<U32>(zip_bytes<0>(low, high, all)), bits<U32>(zip_bytes<4>(low, high, all))};
+}
+#else
+template <class T>
+inline Bf16Pairs to_bf16(U32 bytes, T) {
+  const auto byte = [&](int shift) { return bits<U32>(to_f32((bytes >> shift) & 0xFFu, T{})) >> 16; };
+  return {byte(0) | byte(8) << 16, byte(16) | byte(24) << 16};
+}
+#endif
+
 inline F32 load(const float* from) { return load_raw<F32>(from); }
 inline F32 load(const float* from, int count) { return load_raw<F32>(from, count); }
 inline void store(float* to, F32 x, int count = kLanes) { std::memcpy(to, &x, count * sizeof(float)); }
@@ -169,11 +266,11 @@ inline void store(float* to, F32 x, int count = kLanes) { std::memcpy(to, &x, co
 template <class T>
 inline F32 load_halves(const T* from, int count) {
   U16 raw = count == kLanes ? load_raw<U16>(from) : load_raw<U16>(from, count);
-  return to_f32(__builtin_convertvector(raw, U32), T{});
+  return to_f32(widen(raw), T{});
 }
 
 inline void store_halves(void* to, U32 x, int count) {
-  U16 raw = __builtin_convertvector(x, U16);
+  U16 raw = narrow(x);
   if (count == kLanes)
     std::memcpy(to, &raw, sizeof(raw));
   else
@@ -206,24 +303,24 @@ inline void store(F16* to, F32 x, int count = kLanes) { store_halves(to, round_t
 
 inline F32 load(const Fp8* from, int count = kLanes) {
   U8 raw = count == kLanes ? load_raw<U8>(from) : load_raw<U8>(from, count);
-  return to_f32(__builtin_convertvector(raw, U32), Fp8{});
+  return to_f32(widen(raw), Fp8{});
 }
 
 inline void store(Fp8* to, F32 x, int count = kLanes) {
-  U8 raw = __builtin_convertvector(round_to_fp8(x), U8);
+  U8 raw = narrow_to_bytes(round_to_fp8(x));
   std::memcpy(to, &raw, count);
 }
 
 inline F32 load(const int8_t* from, int count = kLanes) {
-  I8 raw = count == kLanes ? load_raw<I8>(from) : load_raw<I8>(from, count);
-  return __builtin_convertvector(__builtin_convertvector(raw, I32), F32);
+  U8 raw = count == kLanes ? load_raw<U8>(from) : load_raw<U8>(from, count);
+  return to_f32(widen(raw), int8_t{});
 }
 
 // Rounds to the nearest, halves to even: adding 1.5 * 2^23 leaves no bits behind the point.
 inline I32 round_to_int(F32 x) { return bits<I32>(x + 0x1.8p23f) - 0x4B400000; }
 
 inline void store(int8_t* to, F32 x, int count = kLanes) {
-  I8 raw = __builtin_convertvector(round_to_int(x), I8);
+  U8 raw = narrow_to_bytes(bits<U32>(round_to_int(x)));
   std::memcpy(to, &raw, count);
 }
 
