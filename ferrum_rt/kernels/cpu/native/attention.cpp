@@ -156,7 +156,7 @@ struct Pairs {
     if constexpr (std::is_same_v<T, Bf16>)
       return words[at];
     else if constexpr (kIsByte<T>)
-      return at % 2 ? to_bf16(words[at / 2], T{}).second : to_bf16(words[at / 2], T{}).first;
+      return at % 2 ? words_to_bf16(words[at / 2], T{}).second : words_to_bf16(words[at / 2], T{}).first;
     else
       return round_to_bf16(element<T>(words, 2 * at)) | round_to_bf16(element<T>(words, 2 * at + 1)) << 16;
   }
@@ -169,9 +169,7 @@ struct Pairs {
       write(out, zip<0>(a, b, all));
       write(out + kLanes, zip<kLanes>(a, b, all));
     } else if constexpr (kIsByte<T>) {
-      const auto bytes = [](const T* from) { return widen(load_raw<U8>(from)); };
-      const U32 a = bytes(rows[0]) | bytes(rows[0] + kLanes) << 16, b = bytes(rows[1]) | bytes(rows[1] + kLanes) << 16;
-      const Bf16Pairs pairs = to_bf16(a | b << 8, T{});
+      const Bf16Pairs pairs = rows_to_bf16(rows[0], rows[1]);
       write(out, pairs.first);
       write(out + kLanes, pairs.second);
     } else {
@@ -181,21 +179,6 @@ struct Pairs {
   }
 };
 
-// Where the keys of a block lie, for one head; each key's value is `to_value` elements behind it.
-template <class T>
-struct Block {
-  int64_t size;
-  const T* keys[kKeys];
-  float key_scales[kKeys], value_scales[kKeys];  // of int8
-};
-
-// What is there in place of a key or value that is not, as far as a vector goes.
-template <class T>
-inline const T* nothing() {
-  alignas(64) static constexpr std::byte zeros[2 * kLanes * sizeof(float)]{};
-  return reinterpret_cast<const T*>(zeros);
-}
-
 // `count` elements, and zeros behind them.
 template <class T>
 inline U32 load_words(const T* from, int64_t count) {
@@ -204,55 +187,83 @@ inline U32 load_words(const T* from, int64_t count) {
   return words;
 }
 
-// Brings a line of memory to the second-level cache, unless it is there.
-inline void fetch(const void* from) { __builtin_prefetch(from, 0, 2); }
+// Where the keys of a block lie, for one head; behind the last that there is it stands again. Each key's value is `to_value`
+// elements behind it.
+template <class T>
+struct Block {
+  int64_t size;
+  const T* keys[kKeys];
+  float key_scales[kKeys], value_scales[kKeys];  // of int8
+};
 
-// Keys `first` to `first` + kPanel as a panel [granules of dim][keys]. Those that there are none of are zero, and not read.
+// What the next panel is made of comes into the second-level cache while this one is: `width` elements of some keys, from
+// element `offset`. Not sooner: rows lie a power of two apart and push each other out.
+template <class T>
+class Ahead {
+ public:
+  Ahead(const Block<T>& block, int64_t first, int64_t count, int64_t offset, int64_t width, int64_t steps)
+      : key_(block.keys + first),
+        end_(block.keys + std::min(first + count, block.size)),
+        offset_(offset),
+        lines_(ceil_div(width, kLine)),
+        keys_a_step_(ceil_div(end_ - key_, steps)) {}
+
+  void step() {
+    for (int64_t i = 0; i < keys_a_step_ && key_ < end_; ++i, ++key_)
+      for (int64_t line = 0; line < lines_; ++line) __builtin_prefetch(*key_ + offset_ + line * kLine, 0, 2);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(T);
+
+  const T *const *key_, *const *end_;
+  int64_t offset_, lines_, keys_a_step_;
+};
+
+// Keys `first` to `first` + kPanel as a panel [granules of dim][keys].
 template <class G, class T>
-void pack_keys(const Block<T>& block, const Block<T>& next, int64_t first, int64_t dim, uint32_t* panel) {
+void pack_keys(const Block<T>& block, int64_t first, int64_t dim, uint32_t* panel, Ahead<T> ahead) {
   constexpr int kPerSquare = kLanes * 4 / sizeof(T), kGranules = kPerSquare / G::kEach;
-  for (int64_t key = first; key < first + kPanel; key += kLanes) {
-    const auto present = static_cast<int>(std::clamp<int64_t>(block.size - key, 0, kLanes));
-    const auto coming = static_cast<int>(std::clamp<int64_t>(next.size - key, 0, kLanes));
+  for (int64_t part = 0; part < kPanel; part += kLanes) {
+    const T* const* keys = block.keys + first + part;
     for (int64_t at = 0; at < dim; at += kPerSquare) {
-      const int64_t rest = dim - at;
+      ahead.step();
       U32 square[kLanes];
+      uint32_t* out = panel + at / G::kEach * kPanel + part;
+      if (const int64_t rest = dim - at; rest >= kPerSquare) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        const T* from = i < present ? block.keys[key + i] + at : nothing<T>();
-        square[i] = rest >= kPerSquare ? load_raw<U32>(from) : load_words(from, rest);
-      }
-      for (int i = 0; i < coming; ++i) fetch(next.keys[key + i] + at);
-      transpose(square);
-      uint32_t* out = panel + at / G::kEach * kPanel + (key - first);
-      if (rest >= kPerSquare) {
+        for (int i = 0; i < kLanes; ++i) square[i] = load_raw<U32>(keys[i] + at);
+        transpose(square);
 #pragma GCC unroll 64
         for (int i = 0; i < kGranules; ++i) write(out + i * kPanel, G::template granule<T>(square, i));
       } else {
+        for (int i = 0; i < kLanes; ++i) square[i] = load_words(keys[i] + at, rest);
+        transpose(square);
         for (int i = 0; i < ceil_div(rest, G::kEach); ++i) write(out + i * kPanel, G::template granule<T>(square, i));
       }
     }
   }
 }
 
-// Dimensions `first` to `first` + kPanel of a block's values as a panel [granules of keys][dimensions].
+// What lies `offset` behind the keys, `width` numbers of it (up to kPanel), as a panel [granules of keys][dimensions].
 template <class G, class T>
-void pack_values(const Block<T>& block, const Block<T>& next, int64_t to_value, int64_t first, int64_t dim, uint32_t* panel) {
+void pack_values(const Block<T>& block, int64_t offset, int64_t width, uint32_t* panel, Ahead<T> ahead) {
   constexpr int kPart = 2 * kLanes;
   for (int64_t key = 0; key < block.size; key += G::kEach, panel += kPanel) {
-    for (int64_t i = key; i < std::min(key + G::kEach, next.size); ++i) fetch(next.keys[i] + to_value + first);
-    for (int64_t part = 0; part < std::min<int64_t>(kPanel, dim - first); part += kPart) {
-      const int64_t rest = dim - first - part;
+    ahead.step();
+    for (int64_t part = 0; part < width; part += kPart) {
       const T* rows[G::kEach];
-      T padded[G::kEach][kPart];
-      for (int i = 0; i < G::kEach; ++i) {
-        rows[i] = key + i < block.size ? block.keys[key + i] + to_value + first + part : nothing<T>();
-        if (rest >= kPart) continue;
-        std::memset(padded[i], 0, sizeof(padded[i]));
-        std::memcpy(padded[i], rows[i], rest * sizeof(T));
-        rows[i] = padded[i];
+      for (int i = 0; i < G::kEach; ++i) rows[i] = block.keys[key + i] + offset + part;
+      if (const int64_t rest = width - part; rest >= kPart) {
+        G::columns(rows, panel + part);
+      } else {
+        T padded[G::kEach][kPart]{};
+        for (int i = 0; i < G::kEach; ++i) {
+          std::memcpy(padded[i], rows[i], rest * sizeof(T));
+          rows[i] = padded[i];
+        }
+        G::columns(rows, panel + part);
       }
-      G::columns(rows, panel + part);
     }
   }
 }
@@ -345,7 +356,7 @@ class Attention {
     std::fill_n(sums_, rows_ * width_, 0.0f);
     int64_t base = std::max<int64_t>(0, position_ - a_.window + 1) / kKeys * kKeys;
     locate(next_, base);
-    fetch_all();
+    keys_ahead(*next_, 0, 1).step();
     for (; base < position_ + count_; base += kKeys) {
       std::swap(block_, next_);
       locate(next_, base + kKeys);
@@ -354,7 +365,7 @@ class Attention {
       for (int64_t row = rows.first; row < rows.end; ++row) weigh(base, row);
       add_values(rows);
     }
-    write();
+    write_out();
   }
 
  private:
@@ -397,23 +408,29 @@ class Attention {
         }
       }
     }
-  }
-
-  void fetch_all() const {
-    for (int64_t part = 0; part < 2; ++part)
-      for (int64_t key = 0; key < next_->size; ++key)
-        for (int64_t at = 0; at < a_.dim; at += 64 / sizeof(Page)) fetch(next_->keys[key] + part * a_.heads * a_.dim + at);
+    if (block->size > 0) std::fill(block->keys + block->size, block->keys + kKeys, block->keys[block->size - 1]);
   }
 
   void score(int64_t base) {
+    const int64_t steps = kPanel / kLanes * ceil_div(a_.dim * sizeof(Page), sizeof(U32));
     for (int64_t first = 0; first < block_->size; first += kPanel) {
-      const Range rows = seen_by(base + first, base + std::min(first + kPanel, block_->size));
+      const int64_t end = std::min(first + kPanel, block_->size);
+      const Range rows = seen_by(base + first, base + end);
       if (rows.first >= rows.end) continue;
-      pack_keys<G>(*block_, *next_, first, a_.dim, panel_);
+      const bool is_last = end == block_->size;
+      pack_keys<G>(*block_, first, a_.dim, panel_, is_last ? values_ahead(0, steps) : keys_ahead(*block_, end, steps));
       multiply<typename G::Dot>(q_, granules_, rows, panel_, granules_, [&](int64_t row, int column, F32 value) {
         store(scores_ + row * kKeys + first + column, value);
       });
     }
+  }
+
+  Ahead<Page> keys_ahead(const Block<Page>& block, int64_t first, int64_t steps) const {
+    return {block, first, kPanel, 0, a_.dim, steps};
+  }
+
+  Ahead<Page> values_ahead(int64_t first, int64_t steps) const {
+    return {*block_, 0, kKeys, a_.heads * a_.dim + first, std::min<int64_t>(kPanel, a_.dim - first), steps};
   }
 
   // Scores of a row become weights, relative to the largest so far; `factor_` is what the sums so far are to be multiplied by.
@@ -459,17 +476,19 @@ class Attention {
 
   void add_values(Range rows) {
     const auto* weights = reinterpret_cast<const uint32_t*>(weights_);
+    const int64_t granules = ceil_div(block_->size, G::kEach);
     for (int64_t first = 0; first < a_.dim; first += kPanel) {
-      pack_values<G>(*block_, *next_, a_.heads * a_.dim, first, a_.dim, panel_);
-      multiply<typename G::Dot>(weights, kKeys / G::kEach, rows, panel_, ceil_div(block_->size, G::kEach),
-                                [&](int64_t row, int column, F32 value) {
-                                  float* sum = sums_ + row * width_ + first + column;
-                                  store(sum, load(sum) * factor_[row] + value);
-                                });
+      const int64_t width = std::min<int64_t>(kPanel, a_.dim - first), end = first + width;
+      pack_values<G>(*block_, a_.heads * a_.dim + first, width, panel_,
+                     end == a_.dim ? keys_ahead(*next_, 0, granules) : values_ahead(end, granules));
+      multiply<typename G::Dot>(weights, kKeys / G::kEach, rows, panel_, granules, [&](int64_t row, int column, F32 value) {
+        float* sum = sums_ + row * width_ + first + column;
+        store(sum, load(sum) * factor_[row] + value);
+      });
     }
   }
 
-  void write() {
+  void write_out() {
     for (int64_t row = 0; row < rows_; ++row) {
       T* out = static_cast<T*>(a_.out) + (first_row_ + row / a_.shared) * a_.stride +
                (head_ * a_.shared + row % a_.shared) * a_.dim;

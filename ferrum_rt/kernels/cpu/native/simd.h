@@ -203,7 +203,7 @@ inline U32 round_to_fp8(F32 x) {
 
 inline F32 to_f32(U32 bytes, int8_t) { return __builtin_convertvector(bits<I32>(bytes << 24) >> 24, F32); }
 
-// Bytes 0 and 1 of each lane as a pair of bfloat16, and bytes 2 and 3; T, int8_t or Fp8, says what they are.
+// Pairs of bfloat16.
 struct Bf16Pairs {
   U32 first, second;
 };
@@ -231,33 +231,50 @@ struct alignas(64) Bf16Bytes {
 template <class T>
 inline constexpr Bf16Bytes<T> kBf16Bytes{};
 
-// Byte 4 * i + j of the result is byte 4 * i + (j + kFirst) / 2 of the first vector (j even) or the second.
-template <int kFirst, int... kAt>
-inline __m512i zip_bytes(__m512i even, __m512i odd, std::integer_sequence<int, kAt...>) {
+// Number `at` of each result is that of byte kFrom(result, at).
+template <int (*kFrom)(int, int), int kResult, int... kAt>
+inline U32 zip_bytes(__m512i low, __m512i high, std::integer_sequence<int, kAt...>) {
   using Bytes = uint8_t __attribute__((vector_size(64)));
-  return bits<__m512i>(__builtin_shufflevector(bits<Bytes>(even), bits<Bytes>(odd),
-                                               (kAt / 4 * 4 + (kAt % 4 + kFirst) / 2 + kAt % 2 * 64)...));
+  return bits<U32>(__builtin_shufflevector(bits<Bytes>(low), bits<Bytes>(high), (kFrom(kResult, kAt / 2) + kAt % 2 * 64)...));
 }
 
-template <class T>
-inline Bf16Pairs to_bf16(U32 bytes, T) {
+template <int (*kFrom)(int, int), class T>
+inline Bf16Pairs bytes_to_bf16(__m512i bytes, T) {
   const auto& table = kBf16Bytes<T>;
-  const auto x = bits<__m512i>(bytes);
-  const auto index = std::is_same_v<T, Fp8> ? x : _mm512_abs_epi8(x);  // of which the highest bit is not looked at
+  const auto index = std::is_same_v<T, Fp8> ? bytes : _mm512_abs_epi8(bytes);  // of which the highest bit is not looked at
   const auto find = [&](const uint8_t* from) {
     return _mm512_permutex2var_epi8(load_raw<__m512i>(from), index, load_raw<__m512i>(from + 64));
   };
-  const auto low = find(table.low), high = _mm512_or_si512(find(table.high), _mm512_and_si512(x, _mm512_set1_epi8(-128)));
+  const auto low = find(table.low), high = _mm512_or_si512(find(table.high), _mm512_and_si512(bytes, _mm512_set1_epi8(-128)));
   const auto all = std::make_integer_sequence<int, 64>{};
-  return {bits<U32>(zip_bytes<0>(low, high, all)), bits<U32>(zip_bytes<4>(low, high, all))};
+  return {zip_bytes<kFrom, 0>(low, high, all), zip_bytes<kFrom, 1>(low, high, all)};
 }
-#else
-template <class T>
-inline Bf16Pairs to_bf16(U32 bytes, T) {
-  const auto byte = [&](int shift) { return bits<U32>(to_f32((bytes >> shift) & 0xFFu, T{})) >> 16; };
-  return {byte(0) | byte(8) << 16, byte(16) | byte(24) << 16};
-}
+
+constexpr int byte_of_words(int result, int at) { return at / 2 * 4 + result * 2 + at % 2; }
+constexpr int byte_of_rows(int result, int at) { return at / 2 + result * 16 + at % 2 * 32; }
 #endif
+
+// Bytes 0 and 1 of each lane, and bytes 2 and 3; T, int8_t or Fp8, says what they are.
+template <class T>
+inline Bf16Pairs words_to_bf16(U32 words, T) {
+#if defined(FERRUM_AVX512) && defined(__AVX512VBMI__)
+  return bytes_to_bf16<byte_of_words>(bits<__m512i>(words), T{});
+#else
+  const auto byte = [&](int shift) { return bits<U32>(to_f32((words >> shift) & 0xFFu, T{})) >> 16; };
+  return {byte(0) | byte(8) << 16, byte(16) | byte(24) << 16};
+#endif
+}
+
+// Each of the 2 * kLanes of `a` with that of `b`.
+template <class T>
+inline Bf16Pairs rows_to_bf16(const T* a, const T* b) {
+#if defined(FERRUM_AVX512) && defined(__AVX512VBMI__)
+  return bytes_to_bf16<byte_of_rows>(_mm512_inserti64x4(_mm512_castsi256_si512(load_raw<__m256i>(a)), load_raw<__m256i>(b), 1), T{});
+#else
+  const auto lane = [](const T* from) { return bits<U32>(to_f32(widen(load_raw<U8>(from)), T{})); };
+  return {lane(a) >> 16 | lane(b), lane(a + kLanes) >> 16 | lane(b + kLanes)};
+#endif
+}
 
 inline F32 load(const float* from) { return load_raw<F32>(from); }
 inline F32 load(const float* from, int count) { return load_raw<F32>(from, count); }
