@@ -111,8 +111,6 @@ inline U32 zip(U32 a, U32 b, std::integer_sequence<int, kAt...>) {
   return bits<U32>(__builtin_shufflevector(bits<Halves>(a), bits<Halves>(b), (kFirst + kAt / 2 + kAt % 2 * 2 * kLanes)...));
 }
 
-inline void write(uint32_t* to, U32 x) { std::memcpy(to, &x, sizeof(x)); }
-
 template <class T>
 constexpr bool kIsByte = sizeof(T) == 1;
 
@@ -125,6 +123,10 @@ inline F32 element(const U32* words, int at) {
   else
     return to_f32((words[at / kPerWord] >> (at % kPerWord * kBits)) & ((1u << kBits) - 1), T{});
 }
+
+struct TwoLines {
+  U32 lines[2];
+};
 
 // Granules of one number.
 struct Floats {
@@ -140,8 +142,8 @@ struct Floats {
 
   // 2 * kLanes columns of kEach rows.
   template <class T>
-  static void columns(const T* const* rows, uint32_t* out) {
-    for (int at = 0; at < 2 * kLanes; at += kLanes) write(out + at, bits<U32>(load(rows[0] + at, kLanes)));
+  static TwoLines columns(const T* const* rows) {
+    return {{bits<U32>(load(rows[0], kLanes)), bits<U32>(load(rows[0] + kLanes, kLanes))}};
   }
 };
 
@@ -162,19 +164,19 @@ struct Pairs {
   }
 
   template <class T>
-  static void columns(const T* const* rows, uint32_t* out) {
-    const auto all = std::make_integer_sequence<int, 2 * kLanes>{};
+  static TwoLines columns(const T* const* rows) {
     if constexpr (std::is_same_v<T, Bf16>) {
+      const auto all = std::make_integer_sequence<int, 2 * kLanes>{};
       const U32 a = load_raw<U32>(rows[0]), b = load_raw<U32>(rows[1]);
-      write(out, zip<0>(a, b, all));
-      write(out + kLanes, zip<kLanes>(a, b, all));
+      return {{zip<0>(a, b, all), zip<kLanes>(a, b, all)}};
     } else if constexpr (kIsByte<T>) {
       const Bf16Pairs pairs = rows_to_bf16(rows[0], rows[1]);
-      write(out, pairs.first);
-      write(out + kLanes, pairs.second);
+      return {{pairs.first, pairs.second}};
     } else {
-      for (int at = 0; at < 2 * kLanes; at += kLanes)
-        write(out + at, round_to_bf16(load(rows[0] + at, kLanes)) | round_to_bf16(load(rows[1] + at, kLanes)) << 16);
+      const auto line = [&](int at) {
+        return round_to_bf16(load(rows[0] + at, kLanes)) | round_to_bf16(load(rows[1] + at, kLanes)) << 16;
+      };
+      return {{line(0), line(kLanes)}};
     }
   }
 };
@@ -220,51 +222,121 @@ class Ahead {
   int64_t offset_, lines_, keys_a_step_;
 };
 
-// Keys `first` to `first` + kPanel as a panel [granules of dim][keys].
+// Keys `first` to `first` + kPanel, as a factor: granules of dim by keys.
 template <class G, class T>
-void pack_keys(const Block<T>& block, int64_t first, int64_t dim, uint32_t* panel, Ahead<T> ahead) {
-  constexpr int kPerSquare = kLanes * 4 / sizeof(T), kGranules = kPerSquare / G::kEach;
-  for (int64_t part = 0; part < kPanel; part += kLanes) {
+struct Keys {
+  static constexpr int kVectors = 1;
+
+  const Block<T>& block;
+  int64_t first, dim;
+  Ahead<T> ahead;
+
+  // Calls `use` with each granule of kLanes keys, from key `part` on.
+  template <class Use>
+  [[gnu::always_inline]] void each(int64_t part, Use use) {
+    constexpr int kPerSquare = kLanes * 4 / sizeof(T), kGranules = kPerSquare / G::kEach;
     const T* const* keys = block.keys + first + part;
     for (int64_t at = 0; at < dim; at += kPerSquare) {
       ahead.step();
       U32 square[kLanes];
-      uint32_t* out = panel + at / G::kEach * kPanel + part;
       if (const int64_t rest = dim - at; rest >= kPerSquare) {
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) square[i] = load_raw<U32>(keys[i] + at);
         transpose(square);
 #pragma GCC unroll 64
-        for (int i = 0; i < kGranules; ++i) write(out + i * kPanel, G::template granule<T>(square, i));
+        for (int i = 0; i < kGranules; ++i) use(at / G::kEach + i, {G::template granule<T>(square, i)});
       } else {
         for (int i = 0; i < kLanes; ++i) square[i] = load_words(keys[i] + at, rest);
         transpose(square);
-        for (int i = 0; i < ceil_div(rest, G::kEach); ++i) write(out + i * kPanel, G::template granule<T>(square, i));
+        for (int i = 0; i < ceil_div(rest, G::kEach); ++i) use(at / G::kEach + i, {G::template granule<T>(square, i)});
       }
     }
   }
-}
+};
 
-// What lies `offset` behind the keys, `width` numbers of it (up to kPanel), as a panel [granules of keys][dimensions].
+// What lies `offset` behind the keys, `width` numbers of it (up to kPanel), as a factor: granules of keys by numbers.
 template <class G, class T>
-void pack_values(const Block<T>& block, int64_t offset, int64_t width, uint32_t* panel, Ahead<T> ahead) {
-  constexpr int kPart = 2 * kLanes;
-  for (int64_t key = 0; key < block.size; key += G::kEach, panel += kPanel) {
-    ahead.step();
-    for (int64_t part = 0; part < width; part += kPart) {
+struct Values {
+  static constexpr int kVectors = 2;
+
+  const Block<T>& block;
+  int64_t offset, width;
+  Ahead<T> ahead;
+
+  // Calls `use` with each granule of 2 * kLanes numbers, from number `part` on.
+  template <class Use>
+  [[gnu::always_inline]] void each(int64_t part, Use use) {
+    constexpr int kPart = 2 * kLanes;
+    const int64_t rest = width - part;
+    if (rest <= 0) return;
+    for (int64_t key = 0, size = block.size; key < size; key += G::kEach) {
+      ahead.step();
       const T* rows[G::kEach];
       for (int i = 0; i < G::kEach; ++i) rows[i] = block.keys[key + i] + offset + part;
-      if (const int64_t rest = width - part; rest >= kPart) {
-        G::columns(rows, panel + part);
+      if (rest >= kPart) {
+        use(key / G::kEach, G::columns(rows).lines);
       } else {
         T padded[G::kEach][kPart]{};
         for (int i = 0; i < G::kEach; ++i) {
           std::memcpy(padded[i], rows[i], rest * sizeof(T));
           rows[i] = padded[i];
         }
-        G::columns(rows, panel + part);
+        use(key / G::kEach, G::columns(rows).lines);
       }
     }
+  }
+};
+
+// -- products --------------------------------------------------------------------------------------------------------------
+
+struct Range {
+  int64_t first, end;
+};
+
+// Up to kRows rows of x by what `factor` has, as write(row, column, vector).
+template <class Dot, int kRows, class Factor, class Write>
+void multiply_few(const uint32_t* x, int64_t stride, Range rows, Factor factor, Write write) {
+  constexpr int kVectors = Factor::kVectors;
+  const uint32_t* from[kRows];
+  for (int r = 0; r < kRows; ++r) from[r] = x + std::min(rows.first + r, rows.end - 1) * stride;
+  for (int part = 0; part < kPanel; part += kVectors * kLanes) {
+    typename Dot::Accumulator sums[kRows][kVectors]{};
+    factor.each(part, [&](int64_t granule, const U32(&lines)[kVectors]) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = Dot::add(sums[r][v], from[r][granule], lines[v]);
+    });
+    for (int r = 0; r < rows.end - rows.first; ++r)
+      for (int v = 0; v < kVectors; ++v) write(rows.first + r, part + v * kLanes, sums[r][v]);
+  }
+}
+
+// The same for any number of rows, by way of a panel of `granules`. An output is summed up in the same order.
+template <class Dot, class Factor, class Write>
+void multiply(const uint32_t* x, int64_t stride, Range rows, Factor factor, int64_t granules, uint32_t* panel, Write write) {
+  constexpr int kPart = Factor::kVectors * kLanes;
+  int64_t row = rows.first;
+  switch (rows.end - rows.first) {
+    case 1:
+    case 2: return multiply_few<Dot, 2>(x, stride, rows, factor, write);
+    case 3:
+    case 4: return multiply_few<Dot, 4>(x, stride, rows, factor, write);
+  }
+  for (int64_t part = 0; part < kPanel; part += kPart)
+    factor.each(part, [&](int64_t granule, const U32(&lines)[Factor::kVectors]) __attribute__((always_inline)) {
+      std::memcpy(panel + granule * kPanel + part, lines, sizeof(lines));
+    });
+  for (int64_t tiles = ceil_div(rows.end - rows.first, kMaxRows); tiles > 0; --tiles) {
+    const int height = static_cast<int>(ceil_div(rows.end - row, tiles));
+    const auto compute = tile_of<Dot>(height);
+    for (int part = 0; part < kPanel; part += kColumns) {
+      typename Dot::Accumulator sums[kMaxRows][kVectors];
+      compute(x + row * stride, stride, panel + part, granules, {nullptr, 0}, sums);
+      for (int r = 0; r < height; ++r)
+        for (int v = 0; v < kVectors; ++v) write(row + r, part + v * kLanes, sums[r][v]);
+    }
+    row += height;
   }
 }
 
@@ -302,29 +374,8 @@ class Scratch {
 
 thread_local Scratch scratch;
 
-struct Range {
-  int64_t first, end;
-};
-
-// The products of `rows` of x with a panel, as write(row, column, vector).
-template <class Dot, class Write>
-void multiply(const uint32_t* x, int64_t stride, Range rows, const uint32_t* panel, int64_t granules, Write write) {
-  int64_t row = rows.first;
-  for (int64_t tiles = ceil_div(rows.end - rows.first, kMaxRows); tiles > 0; --tiles) {
-    const int height = static_cast<int>(ceil_div(rows.end - row, tiles));
-    const auto compute = tile_of<Dot>(height);
-    for (int part = 0; part < kPanel; part += kColumns) {
-      typename Dot::Accumulator sums[kMaxRows][kVectors];
-      compute(x + row * stride, stride, panel + part, granules, {nullptr, 0}, sums);
-      for (int r = 0; r < height; ++r)
-        for (int v = 0; v < kVectors; ++v) write(row + r, part + v * kLanes, sums[r][v]);
-    }
-    row += height;
-  }
-}
-
-// Attention of one item's queries to one key/value head. G says what granules are, T is of the activations, Page of the pages.
-template <class G, class T, class Page>
+// Attention of one item's queries to one key/value head. G says what granules are, Page what the pages hold.
+template <class G, class Page>
 class Attention {
  public:
   Attention(const AttentionArguments& a, const WorkItem& item, int64_t head)
@@ -349,8 +400,16 @@ class Attention {
     factor_ = scratch.take<float>(rows_);
   }
 
+  // T is of the activations.
+  template <class T>
   void run() {
-    load_queries();
+    load_queries<T>();
+    attend();
+    write_out<T>();
+  }
+
+ private:
+  void attend() {
     std::fill_n(most_, rows_, kNothing);
     std::fill_n(total_, rows_, 0.0f);
     std::fill_n(sums_, rows_ * width_, 0.0f);
@@ -365,10 +424,8 @@ class Attention {
       for (int64_t row = rows.first; row < rows.end; ++row) weigh(base, row);
       add_values(rows);
     }
-    write_out();
   }
 
- private:
   static constexpr bool kIsScaled = std::is_same_v<Page, int8_t>;
 
   int64_t position_of(int64_t row) const { return position_ + row / a_.shared; }
@@ -379,6 +436,7 @@ class Attention {
             std::min(count_, end - position_ + a_.window - 1) * a_.shared};
   }
 
+  template <class T>
   void load_queries() {
     for (int64_t row = 0; row < rows_; ++row) {
       const T* from = static_cast<const T*>(a_.q) + (first_row_ + row / a_.shared) * a_.q_stride +
@@ -417,11 +475,10 @@ class Attention {
       const int64_t end = std::min(first + kPanel, block_->size);
       const Range rows = seen_by(base + first, base + end);
       if (rows.first >= rows.end) continue;
-      const bool is_last = end == block_->size;
-      pack_keys<G>(*block_, first, a_.dim, panel_, is_last ? values_ahead(0, steps) : keys_ahead(*block_, end, steps));
-      multiply<typename G::Dot>(q_, granules_, rows, panel_, granules_, [&](int64_t row, int column, F32 value) {
-        store(scores_ + row * kKeys + first + column, value);
-      });
+      const auto ahead = end == block_->size ? values_ahead(0, steps) : keys_ahead(*block_, end, steps);
+      multiply<typename G::Dot>(
+          q_, granules_, rows, Keys<G, Page>{*block_, first, a_.dim, ahead}, granules_, panel_,
+          [&](int64_t row, int column, F32 value) { store(scores_ + row * kKeys + first + column, value); });
     }
   }
 
@@ -479,15 +536,17 @@ class Attention {
     const int64_t granules = ceil_div(block_->size, G::kEach);
     for (int64_t first = 0; first < a_.dim; first += kPanel) {
       const int64_t width = std::min<int64_t>(kPanel, a_.dim - first), end = first + width;
-      pack_values<G>(*block_, a_.heads * a_.dim + first, width, panel_,
-                     end == a_.dim ? keys_ahead(*next_, 0, granules) : values_ahead(end, granules));
-      multiply<typename G::Dot>(weights, kKeys / G::kEach, rows, panel_, granules, [&](int64_t row, int column, F32 value) {
-        float* sum = sums_ + row * width_ + first + column;
-        store(sum, load(sum) * factor_[row] + value);
-      });
+      const auto ahead = end == a_.dim ? keys_ahead(*next_, 0, granules) : values_ahead(end, granules);
+      multiply<typename G::Dot>(weights, kKeys / G::kEach, rows,
+                                Values<G, Page>{*block_, a_.heads * a_.dim + first, width, ahead}, granules, panel_,
+                                [&](int64_t row, int column, F32 value) {
+                                  float* sum = sums_ + row * width_ + first + column;
+                                  store(sum, load(sum) * factor_[row] + value);
+                                });
     }
   }
 
+  template <class T>
   void write_out() {
     for (int64_t row = 0; row < rows_; ++row) {
       T* out = static_cast<T*>(a_.out) + (first_row_ + row / a_.shared) * a_.stride +
@@ -517,11 +576,11 @@ void attention_of(const AttentionArguments& a, int64_t chunk) {
   const WorkItem& item = a.table->items[chunk / a.heads];
   const int64_t head = chunk % a.heads;
   switch (a.type) {
-    case Type::kFloat32: return Attention<G, T, float>(a, item, head).run();
-    case Type::kBfloat16: return Attention<G, T, Bf16>(a, item, head).run();
-    case Type::kFloat16: return Attention<G, T, F16>(a, item, head).run();
-    case Type::kFp8: return Attention<G, T, Fp8>(a, item, head).run();
-    case Type::kInt8: return Attention<G, T, int8_t>(a, item, head).run();
+    case Type::kFloat32: return Attention<G, float>(a, item, head).template run<T>();
+    case Type::kBfloat16: return Attention<G, Bf16>(a, item, head).template run<T>();
+    case Type::kFloat16: return Attention<G, F16>(a, item, head).template run<T>();
+    case Type::kFp8: return Attention<G, Fp8>(a, item, head).template run<T>();
+    case Type::kInt8: return Attention<G, int8_t>(a, item, head).template run<T>();
   }
 }
 
