@@ -119,8 +119,26 @@ inline F32 multiply_add(F32 a, F32 b, F32 c) {
 #endif
 }
 
-inline F32 max(F32 a, F32 b) { return choose(a > b, a, b); }
-inline F32 min(F32 a, F32 b) { return choose(a < b, a, b); }
+// b where either is NaN, as the instruction has it.
+inline F32 max(F32 a, F32 b) {
+#if defined(FERRUM_AVX512)
+  return bits<F32>(_mm512_max_ps(bits<__m512>(a), bits<__m512>(b)));
+#elif defined(FERRUM_AVX2)
+  return bits<F32>(_mm256_max_ps(bits<__m256>(a), bits<__m256>(b)));
+#else
+  return choose(a > b, a, b);
+#endif
+}
+
+inline F32 min(F32 a, F32 b) {
+#if defined(FERRUM_AVX512)
+  return bits<F32>(_mm512_min_ps(bits<__m512>(a), bits<__m512>(b)));
+#elif defined(FERRUM_AVX2)
+  return bits<F32>(_mm256_min_ps(bits<__m256>(a), bits<__m256>(b)));
+#else
+  return choose(a < b, a, b);
+#endif
+}
 
 // In an order that depends on nothing but the number of lanes.
 inline float sum(F32 x) {
@@ -357,12 +375,10 @@ inline F32 exp(F32 x) {
   I32 power = round_to_int(bounded * 1.44269504f);
   F32 whole = __builtin_convertvector(power, F32);
   F32 rest = bounded - whole * 0.693359375f + whole * 2.12194440e-4f;
-  F32 y = rest * 1.9875691500e-4f + 1.3981999507e-3f;
-  y = y * rest + 8.3334519073e-3f;
-  y = y * rest + 4.1665795894e-2f;
-  y = y * rest + 1.6666665459e-1f;
-  y = y * rest + 5.0000001201e-1f;
-  y = y * rest * rest + rest + 1.0f;
+  F32 y = splat<F32>(1.9875691500e-4f);
+  for (float coefficient : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    y = multiply_add(y, rest, splat<F32>(coefficient));
+  y = multiply_add(y, rest * rest, rest + 1.0f);
   F32 result = y * bits<F32>((power + 127) << 23);
   result = choose(x < -87.0f, F32{}, result);
   return choose(x == x, result, x);
