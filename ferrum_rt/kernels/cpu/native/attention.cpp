@@ -195,7 +195,7 @@ template <class T>
 struct Block {
   int64_t size;
   const T* keys[kKeys];
-  float key_scales[kKeys], value_scales[kKeys];  // of int8
+  const float* scales[kKeys];  // of int8: a key's, its value's `heads` behind it
 };
 
 // What the next panel is made of comes into the second-level cache while this one is: `width` elements of some keys, from
@@ -419,6 +419,7 @@ class Attention {
     for (; base < position_ + count_; base += kKeys) {
       std::swap(block_, next_);
       locate(next_, base + kKeys);
+      if constexpr (kIsScaled) load_scales();
       score(base);
       const Range rows = seen_by(base, base + block_->size);
       for (int64_t row = rows.first; row < rows.end; ++row) weigh(base, row);
@@ -461,12 +462,20 @@ class Attention {
       for (; within < a_.block_size && key < block->size; ++within, ++key, row += 2 * a_.heads) {
         block->keys[key] = static_cast<const Page*>(a_.pages) + row * a_.dim;
         if constexpr (kIsScaled) {
-          block->key_scales[key] = a_.scales[row];
-          block->value_scales[key] = a_.scales[row + a_.heads];
+          block->scales[key] = a_.scales + row;
+          __builtin_prefetch(a_.scales + row);
+          __builtin_prefetch(a_.scales + row + a_.heads);
         }
       }
     }
     if (block->size > 0) std::fill(block->keys + block->size, block->keys + kKeys, block->keys[block->size - 1]);
+  }
+
+  void load_scales() {
+    for (int64_t key = 0; key < block_->size; ++key) {
+      key_scales_[key] = block_->scales[key][0];
+      value_scales_[key] = block_->scales[key][a_.heads];
+    }
   }
 
   void score(int64_t base) {
@@ -506,7 +515,7 @@ class Attention {
     F32 most = splat<F32>(most_[row]);
     for (int v = from; v < to; ++v) {
       F32 value = load(scores_ + row * kKeys + v * kLanes) * static_cast<float>(a_.scale);
-      if constexpr (kIsScaled) value *= load(block_->key_scales + v * kLanes);
+      if constexpr (kIsScaled) value *= load(key_scales_ + v * kLanes);
       if (a_.soft_cap > 0) {
         const auto cap = static_cast<float>(a_.soft_cap);
         value = tanh(value / cap) * cap;
@@ -524,7 +533,7 @@ class Attention {
       if (v >= from && v < to) {
         weight = choose(is_seen(v), exp(scores[v] - highest_so_far), F32{});
         total += weight;
-        if constexpr (kIsScaled) weight = choose(is_seen(v), weight * load(block_->value_scales + v * kLanes), F32{});
+        if constexpr (kIsScaled) weight = choose(is_seen(v), weight * load(value_scales_ + v * kLanes), F32{});
       }
       store(weights + v * kLanes, weight);
     }
@@ -560,6 +569,7 @@ class Attention {
   const AttentionArguments& a_;
   const Span& span_;
   const int64_t first_row_, position_, count_, head_, rows_, granules_, width_;
+  float key_scales_[kKeys], value_scales_[kKeys];
   Block<Page> blocks_[2], *block_ = &blocks_[0], *next_ = &blocks_[1];
   uint32_t *q_, *panel_;
   float *scores_, *sums_, *most_, *total_, *factor_;
