@@ -1,4 +1,4 @@
-// Attention over the pages of each sequence, causal, for any mixture of prefill chunks and decodes; and writing to the pages.
+// Causal attention over the pages of each sequence, for any mixture of prefill chunks and decodes; and writing to the pages.
 //
 // A work item is a block of one sequence's queries with the heads that share a key/value head: its rows are tokens times
 // heads. Keys are taken in blocks that begin at multiples of kKeys, whatever the queries are, with an online softmax

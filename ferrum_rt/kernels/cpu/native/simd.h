@@ -253,7 +253,8 @@ inline constexpr Bf16Bytes<T> kBf16Bytes{};
 template <int (*kFrom)(int, int), int kResult, int... kAt>
 inline U32 zip_bytes(__m512i low, __m512i high, std::integer_sequence<int, kAt...>) {
   using Bytes = uint8_t __attribute__((vector_size(64)));
-  return bits<U32>(__builtin_shufflevector(bits<Bytes>(low), bits<Bytes>(high), (kFrom(kResult, kAt / 2) + kAt % 2 * 64)...));
+  return bits<U32>(
+      __builtin_shufflevector(bits<Bytes>(low), bits<Bytes>(high), (kFrom(kResult, kAt / 2) + kAt % 2 * 64)...));
 }
 
 template <int (*kFrom)(int, int), class T>
@@ -263,7 +264,8 @@ inline Bf16Pairs bytes_to_bf16(__m512i bytes, T) {
   const auto find = [&](const uint8_t* from) {
     return _mm512_permutex2var_epi8(load_raw<__m512i>(from), index, load_raw<__m512i>(from + 64));
   };
-  const auto low = find(table.low), high = _mm512_or_si512(find(table.high), _mm512_and_si512(bytes, _mm512_set1_epi8(-128)));
+  const auto sign = _mm512_and_si512(bytes, _mm512_set1_epi8(-128));
+  const auto low = find(table.low), high = _mm512_or_si512(find(table.high), sign);
   const auto all = std::make_integer_sequence<int, 64>{};
   return {zip_bytes<kFrom, 0>(low, high, all), zip_bytes<kFrom, 1>(low, high, all)};
 }
@@ -287,7 +289,8 @@ inline Bf16Pairs words_to_bf16(U32 words, T) {
 template <class T>
 inline Bf16Pairs rows_to_bf16(const T* a, const T* b) {
 #if defined(FERRUM_AVX512) && defined(__AVX512VBMI__)
-  return bytes_to_bf16<byte_of_rows>(_mm512_inserti64x4(_mm512_castsi256_si512(load_raw<__m256i>(a)), load_raw<__m256i>(b), 1), T{});
+  const auto both = _mm512_inserti64x4(_mm512_castsi256_si512(load_raw<__m256i>(a)), load_raw<__m256i>(b), 1);
+  return bytes_to_bf16<byte_of_rows>(both, T{});
 #else
   const auto lane = [](const T* from) { return bits<U32>(to_f32(widen(load_raw<U8>(from)), T{})); };
   return {lane(a) >> 16 | lane(b), lane(a + kLanes) >> 16 | lane(b + kLanes)};
