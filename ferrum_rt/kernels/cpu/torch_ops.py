@@ -23,6 +23,9 @@ class TorchCpuOps(ReferenceOps):
     def __init__(self) -> None:
         super().__init__("cpu")
 
+    def close(self) -> None:
+        """Its threads are torch's."""
+
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Any:
         if weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
             return super().pack_linear(weight, bias)
