@@ -1,20 +1,35 @@
 """Each TensorOps against float64."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ferrum_rt.kernels.batch import allocate_pages
-from ferrum_rt.kernels.cpu import TorchCpuOps
+from ferrum_rt.kernels.cpu import NativeOps, TorchCpuOps, load_kernels
 from ferrum_rt.kernels.reference import ReferenceOps
 
-BACKENDS = [ReferenceOps(), TorchCpuOps()]
+BACKENDS = [ReferenceOps, TorchCpuOps, NativeOps]
 # The usual bounds: a few units in the last place of the type that the result is rounded to.
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
-backends = pytest.mark.parametrize("ops", BACKENDS, ids=lambda ops: type(ops).__name__)
+backends = pytest.mark.parametrize("ops", BACKENDS, ids=lambda backend: backend.__name__, indirect=True)
 dtypes = pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+
+
+@pytest.fixture
+def ops(request: pytest.FixtureRequest) -> Iterator[ReferenceOps]:
+    if request.param is not NativeOps:
+        yield request.param()
+        return
+    kernels = load_kernels()
+    if kernels is None:
+        pytest.skip("needs a C++ compiler")
+    native = NativeOps(kernels, 2)
+    yield native
+    native.close()
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

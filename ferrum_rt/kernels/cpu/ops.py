@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ferrum_rt.kernels.cpu.build import Kernels
 from ferrum_rt.kernels.cpu.program import (
+    ACTIVATIONS,
     KINDS,
     PER_GRANULE,
     TYPES,
@@ -124,6 +125,52 @@ class NativeOps(ReferenceOps):
             Op.LINEAR, out.dtype, rows, out.data_ptr(), out.stride(0), weight.out_features, address, stride,
             weight.panels.data_ptr(), weight.granules, _address(weight.bias), _address(scales), _address(weight.scales),
             _address(weight.offsets), weight.kind,
+        )  # fmt: skip
+
+    def embed(self, out: Tensor, token_ids: Tensor, table: Tensor, scale: float) -> None:
+        self._emit(
+            Op.GATHER, out.dtype, len(out), out.data_ptr(), out.stride(0), out.shape[1], table.data_ptr(), table.stride(0),
+            token_ids.data_ptr(), float(scale),
+        )  # fmt: skip
+
+    def gather_rows(self, out: Tensor, x: Tensor, rows: Tensor) -> None:
+        self.embed(out, rows, x, 1.0)
+
+    def rms_norm(self, out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+        self._norm(out, None, x, weight, eps)
+
+    def add_rms_norm(self, out: Tensor, residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+        self._norm(out, residual, x, weight, eps)
+
+    def _norm(self, out: Tensor, residual: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> None:
+        self._emit(
+            Op.RMS_NORM, out.dtype, len(out), out.data_ptr(), out.stride(0), out.shape[1], x.data_ptr(), x.stride(0),
+            _address(residual), 0 if residual is None else residual.stride(0), weight.data_ptr(), eps,
+        )  # fmt: skip
+
+    def qk_norm_rope(self, qk: Tensor, norm_weight: Tensor | None, eps: float, positions: Tensor, cos_sin: Tensor) -> None:
+        rows, heads, dim = qk.shape
+        self._emit(
+            Op.QK_NORM_ROPE, qk.dtype, rows, qk.data_ptr(), qk.stride(0), qk.stride(1), heads, dim, _address(norm_weight),
+            0 if norm_weight is None else norm_weight.stride(0), eps, positions.data_ptr(), cos_sin.data_ptr(),
+            cos_sin.stride(0), cos_sin.shape[1] // 2,
+        )  # fmt: skip
+
+    def gated_activation(self, out: Tensor, gate_up: Tensor, kind: str) -> None:
+        self._emit(
+            Op.GATED_ACTIVATION, out.dtype, len(out), out.data_ptr(), out.stride(0), out.shape[1], gate_up.data_ptr(),
+            gate_up.stride(0), ACTIVATIONS[kind],
+        )  # fmt: skip
+
+    def soft_cap(self, x: Tensor, cap: float) -> None:
+        self._emit(Op.SOFT_CAP, x.dtype, len(x), x.data_ptr(), x.stride(0), x.shape[1], float(cap))
+
+    def argmax(self, values: Tensor, ids: Tensor, logits: Tensor) -> None:
+        """values [R] (float32) and ids [R] (int64) of the first largest entry of each row of logits [R, V]; NaN counts as
+        largest."""
+        self._emit(
+            Op.ARGMAX, logits.dtype, len(logits), values.data_ptr(), ids.data_ptr(), logits.data_ptr(), logits.stride(0),
+            logits.shape[1],
         )  # fmt: skip
 
     def _emit(self, op: Op, dtype: torch.dtype, rows: int | Rows, *words: int | float) -> None:

@@ -1,4 +1,4 @@
-"""Instructions for the native step program; ``native/program.h`` and ``native/linear.h`` say the same in C++."""
+"""Instructions for the native step program; ``native/program.h`` and the headers beside it say the same in C++."""
 
 import ctypes
 import enum
@@ -17,6 +17,12 @@ class Op(enum.IntEnum):
 
     PREPARE = 0
     LINEAR = 1
+    GATHER = 2
+    RMS_NORM = 3
+    QK_NORM_ROPE = 4
+    GATED_ACTIVATION = 5
+    SOFT_CAP = 6
+    ARGMAX = 7
 
 
 class Kind(enum.IntEnum):
@@ -28,6 +34,7 @@ class Kind(enum.IntEnum):
     INT8 = 3
 
 
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.int8: 4}
 PER_GRANULE = {Kind.FLOAT32: 1, Kind.BFLOAT16: 2, Kind.FLOAT16: 2, Kind.INT8: 4}
 KINDS = {torch.float32: Kind.FLOAT32, torch.bfloat16: Kind.BFLOAT16, torch.float16: Kind.FLOAT16}

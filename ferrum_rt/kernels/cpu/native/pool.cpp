@@ -21,7 +21,10 @@ inline void pause() {
 }  // namespace
 
 const Kernel& kernel_of(Op op) {
-  static const Kernel* const kernels[] = {&kPrepareKernel, &kLinearKernel};
+  static const Kernel* const kernels[] = {
+      &kPrepareKernel, &kLinearKernel,
+      &kGatherKernel, &kRmsNormKernel, &kQkNormRopeKernel, &kGatedActivationKernel, &kSoftCapKernel, &kArgmaxKernel,
+  };
   static_assert(sizeof(kernels) / sizeof(*kernels) == static_cast<size_t>(Op::kCount));
   return *kernels[static_cast<int64_t>(op)];
 }

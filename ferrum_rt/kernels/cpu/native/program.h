@@ -6,7 +6,17 @@
 namespace ferrum {
 
 // As the Python side numbers them (program.py).
-enum class Op : int64_t { kPrepare, kLinear, kCount };
+enum class Op : int64_t {
+  kPrepare,
+  kLinear,
+  kGather,
+  kRmsNorm,
+  kQkNormRope,
+  kGatedActivation,
+  kSoftCap,
+  kArgmax,
+  kCount
+};
 
 enum class Type : int64_t { kFloat32, kBfloat16, kFloat16, kFp8, kInt8 };  // the last two of pages only
 
@@ -48,6 +58,7 @@ struct Kernel {
 };
 
 extern const Kernel kPrepareKernel, kLinearKernel;
+extern const Kernel kGatherKernel, kRmsNormKernel, kQkNormRopeKernel, kGatedActivationKernel, kSoftCapKernel, kArgmaxKernel;
 
 const Kernel& kernel_of(Op op);
 
