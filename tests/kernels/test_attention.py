@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ferrum_rt.interfaces.tensor import AttentionKind
+from ferrum_rt.interfaces.tensor import AttentionKind, TensorOps
 from ferrum_rt.kernels.batch import KvPages, QuerySpan, TokenBatch, allocate_pages
 from ferrum_rt.kernels.reference import ReferenceOps
 
-BLOCK_SIZE, NUM_PAGES, MAX_PAGES = 4, 64, 12
+BLOCK_SIZE = 4
 
 
 def naive(
@@ -35,43 +35,72 @@ def naive(
 
 
 class Case:
-    """Sequences of (computed, new) tokens in pages in random order, the rest of the pool full of NaN."""
+    """Sequences of (computed, new) tokens in pages in random order, the rest of the pool full of NaN. Queries and results
+    are parts of wider rows."""
 
-    def __init__(self, lengths: list[tuple[int, int]], heads: tuple[int, int], dim: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        lengths: list[tuple[int, int]],
+        heads: tuple[int, int],
+        dim: int,
+        kv_dtype: torch.dtype,
+        *,
+        ops: TensorOps[Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
+        block_size: int = BLOCK_SIZE,
+    ) -> None:
         generator = torch.Generator().manual_seed(len(lengths) * 31 + dim)
+        self.ops: TensorOps[Tensor] = ReferenceOps() if ops is None else ops
+        self.block_size = block_size
         num_heads, num_kv_heads = heads
-        order = torch.randperm(NUM_PAGES, generator=generator).tolist()
-        self.pages = allocate_pages(NUM_PAGES * BLOCK_SIZE, num_kv_heads, dim, dtype, "cpu")
-        if dtype.is_floating_point and dtype.itemsize > 1:
-            self.pages.data.fill_(math.nan)
-        self.tables = torch.zeros((len(lengths), MAX_PAGES), dtype=torch.int64)
+        num_pages = [-(-sum(length) // block_size) for length in lengths]
+        order = torch.randperm(sum(num_pages) + 8, generator=generator).split([*num_pages, 8])
+        self.pages = allocate_pages((sum(num_pages) + 8) * block_size, num_kv_heads, dim, kv_dtype, "cpu")
+        if self.pages.scales is not None:
+            self.pages.scales.fill_(math.nan)
+        else:
+            self.pages.data.copy_(torch.tensor(math.nan))
+        self.tables = torch.zeros((len(lengths), max(num_pages)), dtype=torch.int64)
         self.k, self.v, self.spans = [], [], []
         row = 0
-        ops = ReferenceOps()
         for slot, (start, count) in enumerate(lengths):
-            length = start + count
-            num_pages = -(-length // BLOCK_SIZE)
-            self.tables[slot, :num_pages] = torch.tensor(order[:num_pages])
-            del order[:num_pages]
-            k, v = (torch.randn(length, num_kv_heads, dim, generator=generator) for _ in range(2))
-            at = torch.arange(length)
-            ops.append_kv(
-                self.pages, torch.stack([k, v], dim=1), self.tables[slot, at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE
-            )
-            self.k.append(k.double())
-            self.v.append(v.double())
+            self.tables[slot, : num_pages[slot]] = order[slot]
+            kv = torch.randn(start + count, 2, num_kv_heads, dim, generator=generator).to(dtype)
+            self.ops.append_kv(self.pages, kv, self.kv_slots(slot, start + count))
+            self.k.append(kv[:, 0].double())
+            self.v.append(kv[:, 1].double())
             self.spans.append(QuerySpan(slot, row, count, start))
             row += count
-        self.q = torch.randn(row, num_heads, dim, generator=generator)
+        self.q = torch.randn(row, num_heads + 3, dim, generator=generator).to(dtype)[:, :num_heads]
+
+    def kv_slots(self, slot: int, length: int) -> Tensor:
+        at = torch.arange(length)
+        return self.tables[slot, at // self.block_size] * self.block_size + at % self.block_size
+
+    def take_what_was_kept(self) -> None:
+        """From now on the naive attention is over what the pages hold, not over what was appended to them."""
+        for slot, keys in enumerate(self.k):
+            rows = self.kv_slots(slot, len(keys))
+            kept = self.pages.data.to(torch.float64)[rows]
+            if self.pages.scales is not None:
+                kept *= self.pages.scales[rows].double()[..., None]
+            self.k[slot], self.v[slot] = kept.unbind(1)
+
+    def kind(self, scale: float, window: int | None = None, soft_cap: float | None = None) -> AttentionKind:
+        return AttentionKind(self.q.shape[1], self.k[0].shape[1], self.q.shape[2], scale, window, soft_cap)
+
+    def attend(self, q: Tensor, spans: list[QuerySpan], kind: AttentionKind) -> Tensor:
+        """Of queries [n, heads, dim] whose rows ``spans`` name."""
+        none = torch.zeros(0, dtype=torch.int64)
+        batch = TokenBatch(none, torch.zeros(len(q)), none, none, spans, self.tables, self.block_size)
+        width = kind.num_heads * kind.head_dim
+        out = torch.full((len(q), width + 3), 7.0, dtype=q.dtype)
+        self.ops.attention(out[:, :width], q, self.pages, self.ops.plan_attention(batch, [kind]), kind)
+        assert bool((out[:, width:] == 7).all()), "something was written beside the output"
+        return out[:, :width]
 
     def run(self, scale: float, window: int | None, soft_cap: float | None) -> tuple[Tensor, Tensor]:
         """(ours, naive), both [N, heads * dim]."""
-        ops = ReferenceOps()
-        none = torch.zeros(0, dtype=torch.int64)
-        batch = TokenBatch(none, torch.zeros(len(self.q)), none, none, self.spans, self.tables, BLOCK_SIZE)
-        out = torch.empty(len(self.q), self.q.shape[1] * self.q.shape[2])
-        kind = AttentionKind(self.q.shape[1], self.k[0].shape[1], self.q.shape[2], scale, window, soft_cap)
-        ops.attention(out, self.q, self.pages, ops.plan_attention(batch, [kind]), kind)
         expected = [
             naive(
                 self.q[span.row : span.row + span.num_tokens].double(),
@@ -84,7 +113,7 @@ class Case:
             )
             for span in self.spans
         ]
-        return out.double(), torch.cat(expected)
+        return self.attend(self.q, self.spans, self.kind(scale, window, soft_cap)).double(), torch.cat(expected)
 
 
 @settings(max_examples=60, deadline=None)

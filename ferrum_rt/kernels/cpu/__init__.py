@@ -11,4 +11,5 @@ __all__ = ["CpuOps", "NativeOps", "TorchCpuOps", "build", "load_kernels", "open_
 
 def open_ops(num_threads: int) -> CpuOps:
     """The fastest there are; to be closed."""
-    return TorchCpuOps()
+    kernels = load_kernels()
+    return TorchCpuOps() if kernels is None else NativeOps(kernels, num_threads)

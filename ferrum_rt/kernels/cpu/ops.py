@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ferrum_rt.interfaces.tensor import AttentionKind, KvLayer
+from ferrum_rt.kernels.batch import TokenBatch
+from ferrum_rt.kernels.cpu.attention import AttentionPlan, append_words, attention_words, make_plan, plan_words
 from ferrum_rt.kernels.cpu.build import Kernels
 from ferrum_rt.kernels.cpu.program import (
     ACTIVATIONS,
@@ -172,6 +175,19 @@ class NativeOps(ReferenceOps):
             Op.ARGMAX, logits.dtype, len(logits), values.data_ptr(), ids.data_ptr(), logits.data_ptr(), logits.stride(0),
             logits.shape[1],
         )  # fmt: skip
+
+    def plan_attention(self, batch: TokenBatch, kinds: Sequence[AttentionKind]) -> AttentionPlan:
+        """Recorded, it is of batches with at most this one's spans and tokens: before each step whoever runs it overwrites
+        ``spans`` of the plan, which is read anew."""
+        plan = make_plan(batch, kinds)
+        self._emit(Op.PLAN, torch.float32, len(plan.spans) if self._recording is None else Rows.SPANS, *plan_words(plan))
+        return plan
+
+    def append_kv(self, layer: KvLayer[Tensor], kv: Tensor, kv_slots: Tensor) -> None:
+        self._emit(Op.APPEND, kv.dtype, len(kv), *append_words(layer, kv, kv_slots))
+
+    def attention(self, out: Tensor, q: Tensor, layer: KvLayer[Tensor], plan: Any, kind: AttentionKind) -> None:
+        self._emit(Op.ATTENTION, q.dtype, len(q), *attention_words(out, q, layer, plan, kind))
 
     def _emit(self, op: Op, dtype: torch.dtype, rows: int | Rows, *words: int | float) -> None:
         """An instruction, run or recorded. ``rows`` is the number of rows that the call was given."""

@@ -23,6 +23,9 @@ class Op(enum.IntEnum):
     GATED_ACTIVATION = 5
     SOFT_CAP = 6
     ARGMAX = 7
+    APPEND = 8
+    PLAN = 9
+    ATTENTION = 10
 
 
 class Kind(enum.IntEnum):

@@ -15,6 +15,9 @@ enum class Op : int64_t {
   kGatedActivation,
   kSoftCap,
   kArgmax,
+  kAppend,
+  kPlan,
+  kAttention,
   kCount
 };
 
@@ -59,6 +62,7 @@ struct Kernel {
 
 extern const Kernel kPrepareKernel, kLinearKernel;
 extern const Kernel kGatherKernel, kRmsNormKernel, kQkNormRopeKernel, kGatedActivationKernel, kSoftCapKernel, kArgmaxKernel;
+extern const Kernel kAppendKernel, kPlanKernel, kAttentionKernel;
 
 const Kernel& kernel_of(Op op);
 
