@@ -53,6 +53,7 @@ class RecordedRunner:
 
     def __init__(self, decoder: Decoder, ops: NativeOps, cache: list[KvPages], inputs: HostInputs) -> None:
         self._ops, self._inputs = ops, inputs
+        self._addressed = decoder, cache  # the program knows their memory only by its addresses
         batch = inputs.largest_batch()
         max_tokens, num_rows = len(batch.token_ids), len(batch.logit_rows)
         self._highest, self._ids = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.int64)
