@@ -44,10 +44,10 @@ def test_linear(ops: ReferenceOps, dtype: torch.dtype, rows: int, has_bias: bool
 @pytest.mark.parametrize(("rows", "inner", "outer"), [(1, 96, 80), (3, 1, 40), (16, 3000, 33), (65, 7, 1), (0, 96, 80)])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_linear_in_int8(ops: ReferenceOps, dtype: torch.dtype, rows: int, inner: int, outer: int, has_bias: bool) -> None:
-    """Rows of x and of the weight are rounded by a scale of their own, and the sums are exact, for values at their largest
-    too, whose sums are more than float32 holds exactly."""
+    """Rows of x and of the weight are rounded by a scale of their own, and the sums are exact, also of more products near the
+    largest than float32 holds the sum of."""
     x, weight = random(rows, inner, dtype=dtype), random(outer, inner, dtype=dtype, seed=1)
-    x[::2], weight[::3] = x[::2].sign(), weight[::3].sign()
+    x[::2], weight[::3] = x[::2].clamp(0.9, 1.0), weight[::3].clamp(0.9, 1.0)
     bias = random(outer, dtype=dtype, seed=2) if has_bias else None
     out = ops.empty((rows, outer), dtype)
     ops.linear(out, x, ops.pack_linear(weight, bias, is_int8=True))
