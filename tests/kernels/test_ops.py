@@ -44,8 +44,8 @@ def test_linear(ops: ReferenceOps, dtype: torch.dtype, rows: int, has_bias: bool
 @pytest.mark.parametrize(("rows", "inner", "outer"), [(1, 96, 80), (3, 1, 40), (16, 3000, 33), (65, 7, 1), (0, 96, 80)])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_linear_in_int8(ops: ReferenceOps, dtype: torch.dtype, rows: int, inner: int, outer: int, has_bias: bool) -> None:
-    """Rows of x and of the weight are rounded by a scale of their own, and the sums are exact, also of more products near the
-    largest than float32 holds the sum of."""
+    """Rows of x and of the weight are rounded by a scale of their own, and the sums are exact, also of more products
+    near the largest than float32 holds the sum of."""
     x, weight = random(rows, inner, dtype=dtype), random(outer, inner, dtype=dtype, seed=1)
     x[::2], weight[::3] = x[::2].clamp(0.9, 1.0), weight[::3].clamp(0.9, 1.0)
     bias = random(outer, dtype=dtype, seed=2) if has_bias else None
