@@ -14,6 +14,7 @@ from torch import Tensor
 from ferrum_rt.kernels.cpu import NativeOps, build, load_kernels
 from ferrum_rt.kernels.cpu.build import Kernels
 from ferrum_rt.kernels.cpu.program import Kind
+from ferrum_rt.kernels.reference import ReferenceOps
 
 # Of the largest output: one rounding to the type, and for float32 the order of adding up.
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -78,6 +79,19 @@ def test_linear_is_that_of_float64(
     """x @ weight.T + bias for any shape and stride, and nothing beside the output is written; int8 is exact but for its
     scales."""
     check_linear(ops, dtype, rows, inner, outer, is_int8=is_int8, has_bias=has_bias, seed=seed)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_int8_is_that_of_the_reference(ops: NativeOps, dtype: torch.dtype) -> None:
+    """To the bit, also for numbers that are too small for a scale."""
+    for rows, inner, outer in [(1, 96, 80), (5, 7, 33), (17, 3000, 40)]:
+        x, weight = random(rows, inner, dtype=dtype, seed=1), random(outer, inner, dtype=dtype, seed=2)
+        x[-1], weight[-1], bias = 1e-38, 1e-38, random(outer, dtype=dtype, seed=3)
+        results = []
+        for each in (ops, ReferenceOps()):
+            results.append(torch.empty((rows, outer), dtype=dtype))
+            each.linear(results[-1], x, each.pack_linear(weight, bias, is_int8=True))
+        assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("is_int8", [False, True])

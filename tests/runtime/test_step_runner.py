@@ -10,7 +10,7 @@ from torch import Tensor
 from ferrum_rt.interfaces.errors import ModelError
 from ferrum_rt.interfaces.model_executor import DecodeInput, PrefillInput, SlotAssignment, StepInput, UnifiedBatch
 from ferrum_rt.interfaces.sampler import SamplingConfig
-from ferrum_rt.interfaces.types import RequestId
+from ferrum_rt.interfaces.types import RequestId, TokenId
 from ferrum_rt.kernels.batch import allocate_pages
 from ferrum_rt.kernels.cpu import CpuOps, NativeOps, TorchCpuOps, load_kernels
 from ferrum_rt.runtime.host_inputs import HostInputs
@@ -60,7 +60,7 @@ class Model:
 def schedule(seed: int) -> list[StepInput]:
     """Four prompts that come one after the other, in chunks, beside those that decode."""
     rng = random.Random(seed)
-    prompts = [[rng.randrange(3, 300) for _ in range(rng.randint(1, 30))] for _ in range(NUM_SLOTS)]
+    prompts = [[TokenId(rng.randrange(3, 300)) for _ in range(rng.randint(1, 30))] for _ in range(NUM_SLOTS)]
     pages = list(range(NUM_SLOTS * PAGES_PER_SLOT))
     rng.shuffle(pages)
     done, assigned = [0] * NUM_SLOTS, 0

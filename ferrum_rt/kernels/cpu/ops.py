@@ -89,8 +89,8 @@ class NativeOps(ReferenceOps):
         stride = _odd_lines(width * dtype.itemsize) // dtype.itemsize
         return super().empty((rows, stride), dtype)[:, :width]
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
-        return self.pack(weight, bias, KINDS[weight.dtype])
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, *, is_int8: bool = False) -> PackedLinear:
+        return self.pack(weight, bias, Kind.INT8 if is_int8 else KINDS[weight.dtype])
 
     def pack(self, weight: Tensor, bias: Tensor | None, kind: Kind) -> PackedLinear:
         """As ``pack_linear``, in granules of ``kind``: the weight's own, or INT8."""

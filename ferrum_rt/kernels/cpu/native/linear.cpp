@@ -98,15 +98,17 @@ float largest(const T* x, int64_t width) {
   return highest(most);
 }
 
-// Rounded to -127 … 127 by a scale of the row's own. A row that holds no number keeps none: its scale is NaN.
+// Rounded to -127 … 127 by a scale of the row's own. A row that holds no number keeps none: its scale is NaN. Where the scale's
+// inverse would be infinite the row is as good as 0.
 template <class T, class Write>
 float quantize(const T* x, int64_t width, Write write) {
   float scale = largest(x, width) / 127.0f;
+  const float inverse = scale >= 0x1p-126f ? 1.0f / scale : 0.0f;
   bool is_sound = true;
   for_vectors(width, [&](int64_t at, int count) {
     F32 value = load(x + at, count);
     is_sound = is_sound && sum(value - value) == 0.0f;
-    I32 rounded = round_to_int(value * (scale > 0 ? 1.0f / scale : 0.0f));
+    I32 rounded = round_to_int(value * inverse);
     for (int i = 0; i < count; ++i) write(at + i, std::clamp(rounded[i], -127, 127));
   });
   return is_sound ? scale : NAN;
