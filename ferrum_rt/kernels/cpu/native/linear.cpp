@@ -98,20 +98,19 @@ float largest(const T* x, int64_t width) {
   return highest(most);
 }
 
-// Rounded to -127 … 127 by a scale of the row's own. A row that holds no number keeps none: its scale is NaN. Where the scale's
-// inverse would be infinite the row is as good as 0.
+// Rounded to -127 … 127 by a scale of the row's own, a vector at a time. A row that holds no number keeps none: its scale is NaN.
+// Where the scale's inverse would be infinite the row is as good as 0.
 template <class T, class Write>
 float quantize(const T* x, int64_t width, Write write) {
   float scale = largest(x, width) / 127.0f;
   const float inverse = scale >= 0x1p-126f ? 1.0f / scale : 0.0f;
-  bool is_sound = true;
+  F32 unsound{};
   for_vectors(width, [&](int64_t at, int count) {
     F32 value = load(x + at, count);
-    is_sound = is_sound && sum(value - value) == 0.0f;
-    I32 rounded = round_to_int(value * inverse);
-    for (int i = 0; i < count; ++i) write(at + i, std::clamp(rounded[i], -127, 127));
+    unsound += value - value;  // not 0 for what is no number
+    write(at, round_to_int(min(max(value * inverse, splat<F32>(-127.0f)), splat<F32>(127.0f))), count);
   });
-  return is_sound ? scale : NAN;
+  return sum(unsound) == 0.0f ? scale : NAN;
 }
 
 int64_t prepare_count(const Instruction& i, const Sizes& sizes) { return ceil_div(sizes(i.rows), kRowsPerPrepare); }
@@ -123,7 +122,10 @@ void prepare_row(const PrepareArguments& a, int64_t row) {
   if (a.kind == Kind::kInt8) {
     out[a.width / 4] = 0;
     auto* bytes = reinterpret_cast<uint8_t*>(out);
-    a.scales[row] = quantize(x, a.width, [&](int64_t at, int32_t value) { bytes[at] = static_cast<uint8_t>(value + 128); });
+    a.scales[row] = quantize(x, a.width, [&](int64_t at, I32 values, int count) {
+      const auto moved = __builtin_convertvector(values + 128, U8);
+      std::memcpy(bytes + at, &moved, count);
+    });
     // A byte that is no part of the row meets a weight of 0.
     return;
   }
@@ -154,9 +156,11 @@ void pack_of(const T* weight, int64_t rows, int64_t width, Kind kind, uint32_t* 
     const auto at = [&](int64_t k) { return column + k / each * kPanel * 4 + k % each * size; };
     if (kind == Kind::kInt8) {
       int64_t total = 0;
-      scales[row] = quantize(x, width, [&](int64_t k, int32_t value) {
-        *at(k) = static_cast<uint8_t>(value);
-        total += value;
+      scales[row] = quantize(x, width, [&](int64_t first, I32 values, int count) {
+        for (int i = 0; i < count; ++i) {
+          *at(first + i) = static_cast<uint8_t>(values[i]);
+          total += values[i];
+        }
       });
       offsets[row] = static_cast<int32_t>(total * 128);
     } else {
