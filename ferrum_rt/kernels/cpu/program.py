@@ -23,6 +23,10 @@ class Op(enum.IntEnum):
     GATED_ACTIVATION = 5
     SOFT_CAP = 6
     ARGMAX = 7
+    ROUTE = 8
+    GROUP = 9
+    EXPERTS_LINEAR = 10
+    COMBINE = 11
 
 
 class Kind(enum.IntEnum):
@@ -41,11 +45,14 @@ KINDS = {torch.float32: Kind.FLOAT32, torch.bfloat16: Kind.BFLOAT16, torch.float
 
 
 class Rows(enum.IntEnum):
-    """Numbers of rows that each batch has its own of."""
+    """Numbers of rows that each batch has its own of. Four less is twice as many, and so on."""
 
     TOKENS = -1
     SAMPLED = -2
     SPANS = -3
+
+    def times(self, count: int) -> int:
+        return self - 4 * (count - 1)
 
 
 class BatchSizes(NamedTuple):

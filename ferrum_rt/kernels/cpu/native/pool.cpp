@@ -24,6 +24,7 @@ const Kernel& kernel_of(Op op) {
   static const Kernel* const kernels[] = {
       &kPrepareKernel, &kLinearKernel,
       &kGatherKernel, &kRmsNormKernel, &kQkNormRopeKernel, &kGatedActivationKernel, &kSoftCapKernel, &kArgmaxKernel,
+      &kRouteKernel, &kGroupKernel, &kExpertsLinearKernel, &kCombineKernel,
   };
   static_assert(sizeof(kernels) / sizeof(*kernels) == static_cast<size_t>(Op::kCount));
   return *kernels[static_cast<int64_t>(op)];
