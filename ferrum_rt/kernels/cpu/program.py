@@ -26,6 +26,10 @@ class Op(enum.IntEnum):
     APPEND = 8
     PLAN = 9
     ATTENTION = 10
+    ROUTE = 11
+    GROUP = 12
+    EXPERTS_LINEAR = 13
+    COMBINE = 14
 
 
 class Kind(enum.IntEnum):
@@ -44,11 +48,14 @@ KINDS = {torch.float32: Kind.FLOAT32, torch.bfloat16: Kind.BFLOAT16, torch.float
 
 
 class Rows(enum.IntEnum):
-    """Numbers of rows that each batch has its own of."""
+    """Numbers of rows that each batch has its own of. Four less is twice as many, and so on."""
 
     TOKENS = -1
     SAMPLED = -2
     SPANS = -3
+
+    def times(self, count: int) -> int:
+        return self - 4 * (count - 1)
 
 
 class BatchSizes(NamedTuple):

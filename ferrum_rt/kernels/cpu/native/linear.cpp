@@ -7,7 +7,6 @@
 namespace ferrum {
 namespace {
 
-constexpr int64_t kRowsPerChunk = 20 * kMaxRows;
 constexpr int64_t kChunkBytes = 256 << 10;  // of weights
 
 F32 finish(const LinearArguments&, F32 sum, int64_t, int64_t) { return sum; }
@@ -52,36 +51,31 @@ void panel(const LinearArguments& a, int64_t rows, int64_t first_row, int64_t in
 
 int64_t panels_per_chunk(const LinearArguments& a) { return std::max<int64_t>(1, kChunkBytes / (a.granules * kPanel * 4)); }
 
-int64_t linear_count(const Instruction& i, const Sizes& sizes) {
-  const auto& a = i.as<LinearArguments>();
-  return ceil_div(ceil_div(a.width, kPanel), panels_per_chunk(a)) * ceil_div(sizes(i.rows), kRowsPerChunk);
-}
-
+// Of `rows` rows from `first_row` on.
 template <class Dot, class T>
-void linear_chunk(const LinearArguments& a, int64_t rows, int64_t chunk) {
-  const int64_t panels = ceil_div(a.width, kPanel), step = panels_per_chunk(a), across = ceil_div(panels, step);
-  const int64_t first_row = chunk / across * kRowsPerChunk, first = chunk % across * step;
+void chunk_of(const LinearArguments& a, int64_t first_row, int64_t rows, int64_t chunk) {
+  const int64_t panels = ceil_div(a.width, kPanel), step = panels_per_chunk(a), across = linear_chunks_across(a);
+  const int64_t skipped = chunk / across * kLinearRows, first = chunk % across * step;
   for (int64_t index = first; index < std::min(first + step, panels); ++index)
-    panel<Dot, T>(a, std::min(kRowsPerChunk, rows - first_row), first_row, index);
+    panel<Dot, T>(a, std::min(kLinearRows, rows - skipped), first_row + skipped, index);
 }
 
 template <class T>
-void linear_of(const LinearArguments& a, int64_t rows, int64_t chunk) {
+void chunk_of(const LinearArguments& a, int64_t first_row, int64_t rows, int64_t chunk) {
   switch (a.kind) {
-    case Kind::kFloat32: return linear_chunk<DotFloat32, T>(a, rows, chunk);
-    case Kind::kBfloat16: return linear_chunk<DotBfloat16, T>(a, rows, chunk);
-    case Kind::kFloat16: return linear_chunk<DotFloat16, T>(a, rows, chunk);
-    case Kind::kInt8: return linear_chunk<DotInt8, T>(a, rows, chunk);
+    case Kind::kFloat32: return chunk_of<DotFloat32, T>(a, first_row, rows, chunk);
+    case Kind::kBfloat16: return chunk_of<DotBfloat16, T>(a, first_row, rows, chunk);
+    case Kind::kFloat16: return chunk_of<DotFloat16, T>(a, first_row, rows, chunk);
+    case Kind::kInt8: return chunk_of<DotInt8, T>(a, first_row, rows, chunk);
   }
 }
 
+int64_t linear_count(const Instruction& i, const Sizes& sizes) {
+  return linear_chunks_across(i.as<LinearArguments>()) * ceil_div(sizes(i.rows), kLinearRows);
+}
+
 void linear_run(const Instruction& i, const Sizes& sizes, int64_t chunk) {
-  const auto& a = i.as<LinearArguments>();
-  switch (i.type) {
-    case Type::kFloat32: return linear_of<float>(a, sizes(i.rows), chunk);
-    case Type::kBfloat16: return linear_of<Bf16>(a, sizes(i.rows), chunk);
-    default: return linear_of<F16>(a, sizes(i.rows), chunk);
-  }
+  linear_chunk(i.type, i.as<LinearArguments>(), 0, sizes(i.rows), chunk);
 }
 
 // -- rows of x as granules -------------------------------------------------------------------------------------------------
@@ -170,6 +164,16 @@ void pack_of(const T* weight, int64_t rows, int64_t width, Kind kind, uint32_t* 
 }
 
 }  // namespace
+
+int64_t linear_chunks_across(const LinearArguments& a) { return ceil_div(ceil_div(a.width, kPanel), panels_per_chunk(a)); }
+
+void linear_chunk(Type type, const LinearArguments& a, int64_t first_row, int64_t rows, int64_t chunk) {
+  switch (type) {
+    case Type::kFloat32: return chunk_of<float>(a, first_row, rows, chunk);
+    case Type::kBfloat16: return chunk_of<Bf16>(a, first_row, rows, chunk);
+    default: return chunk_of<F16>(a, first_row, rows, chunk);
+  }
+}
 
 void pack(Type type, const void* weight, int64_t rows, int64_t width, Kind kind, uint32_t* out, float* scales, int32_t* offsets) {
   switch (type) {
