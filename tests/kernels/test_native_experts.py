@@ -128,12 +128,18 @@ def test_experts_of_bytes(ops: NativeOps, dtype: torch.dtype) -> None:
 def test_of_equal_logits_the_first_are_chosen(ops: NativeOps) -> None:
     """Equal ones are chosen in their order, and what is beyond the softmax's range by the logits."""
     layer = Layer(ops, torch.float32, 6, 8, 8, is_int8=False, has_bias=True)
-    x = random(3, 8, seed=1)
-    logits = torch.tensor([[1.0, 2.0, 2.0, 0.0, 2.0, 1.0], [0.0] * 6, [-300.0, -200.0, 0.0, -250.0, -400.0, -200.0]])
+    x = random(4, 8, seed=1)
+    rows = [
+        [1.0, 2.0, 2.0, 0.0, 2.0, 1.0],
+        [0.0] * 6,
+        [1.0, 2.0, 2.0, 0.0, 3.0, 1.0],
+        [-300.0, -200.0, 0.0, -250.0, -400.0, -200.0],
+    ]
+    logits = torch.tensor(rows)
     out = layer(ops, x, logits, 2)
     # Rows whose best two are chosen for them.
-    clear = torch.full((3, 6), -math.inf)
-    for row, best in enumerate([(1, 2), (0, 1), (2, 1)]):
+    clear = torch.full((4, 6), -math.inf)
+    for row, best in enumerate([(1, 2), (0, 1), (1, 4), (1, 2)]):
         clear[row, list(best)] = logits[row, list(best)]
     assert torch.equal(out, layer(ops, x, clear, 2))
 
