@@ -12,9 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-_SOURCES = Path(__file__).parent / "native"
-_FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wno-psabi")
-_COMPILERS = ("c++", "g++", "clang++")
+SOURCES = Path(__file__).parent / "native"
+FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wno-psabi")
+COMPILERS = ("c++", "g++", "clang++")
 _LIMIT_S = 300.0
 
 logger = logging.getLogger("ferrum_rt")
@@ -52,9 +52,9 @@ def build(directory: Path, target: tuple[str, ...], compiler: str | None = None)
     """
     import tvm_ffi.libinfo
 
-    compiler = compiler or _find_compiler()
-    sources = sorted(_SOURCES.glob("*.cpp"))
-    command = [compiler, *_FLAGS, *target, *(f"-I{path}" for path in tvm_ffi.libinfo.include_paths())]
+    compiler = compiler or find_compiler()
+    sources = sorted(SOURCES.glob("*.cpp"))
+    command = [compiler, *FLAGS, *target, *(f"-I{path}" for path in tvm_ffi.libinfo.include_paths())]
     library = directory / f"cpu-{_fingerprint(command)}.so"
     if library.is_file():
         return library
@@ -74,11 +74,12 @@ def build(directory: Path, target: tuple[str, ...], compiler: str | None = None)
     return library
 
 
-def _find_compiler() -> str:
-    for name in _COMPILERS:
+def find_compiler() -> str:
+    """The first on the PATH. Raises OSError if there is none."""
+    for name in COMPILERS:
         if (path := shutil.which(name)) is not None:
             return path
-    raise OSError(f"no C++ compiler found (looked for {', '.join(_COMPILERS)})")
+    raise OSError(f"no C++ compiler found (looked for {', '.join(COMPILERS)})")
 
 
 def _cache_directory() -> Path:
@@ -96,7 +97,7 @@ def _fingerprint(command: list[str]) -> str:
     """Of all that the library depends on: sources, flags, compiler, processor."""
     version = subprocess.run([command[0], "--version"], check=True, capture_output=True, timeout=_LIMIT_S).stdout
     parts: list[Any] = [" ".join(command).encode(), version, _processor().encode()]
-    parts += [path.read_bytes() for path in sorted(_SOURCES.iterdir()) if path.suffix in (".cpp", ".h")]
+    parts += [path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.suffix in (".cpp", ".h")]
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
