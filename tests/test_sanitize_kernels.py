@@ -26,8 +26,8 @@ RACES = ("pool.cpp", "done.fetch_add(1, std::memory_order_acq_rel)", "done.fetch
     ids=["reads-too-far", "overflows", "races"],
 )
 def test_a_spoilt_kernel_is_found(tmp_path: Path, sanitizer: str, spoilt: tuple[str, str, str], says: str) -> None:
-    """A read behind a tensor's end, an integer that overflows, a result that is not passed on to other threads: each ends the
-    run."""
+    """A read behind a tensor's end, an integer that overflows, a result that is not passed on to other threads: each one is
+    reported, and the status is 1."""
     for name in ("ferrum_rt", "tools", "tests/kernels"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("demo_model", "__pycache__"))
     for name in ("pyproject.toml", "tests/__init__.py"):

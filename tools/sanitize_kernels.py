@@ -62,7 +62,7 @@ def watch_memory(compiler: str, work: Path, for_pytest: list[str]) -> int:
     command = [sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider", *tests, *for_pytest]
     status = subprocess.run(command, cwd=ROOT, env=environment, check=False, timeout=LIMIT_S).returncode
     if not any((work / "cache").rglob("*.so")):  # the tests are skipped where there are no kernels
-        raise SystemExit("the kernels could not be compiled with these flags")
+        raise SystemExit("the kernels were not compiled with these flags")
     return min(1, abs(status))
 
 
