@@ -42,9 +42,9 @@ class CpuKernels(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """``versions`` of packages that are not installed are None; memory is in bytes; where there are no ``cpu_kernels`` torch's
-    are used. ``cuda`` is the GPU's name, ``cuda_lacks`` why there is no device cuda, ``cuda_tools`` which tools of the compiler
-    are on the PATH."""
+    """``versions`` of packages that are not installed are None; memory is in bytes; where there are no ``cpu_kernels``
+    torch's are used. ``cuda`` is the GPU's name, ``cuda_lacks`` why there is no device cuda, ``cuda_tools`` which tools
+    of the compiler are on the PATH."""
 
     versions: dict[str, str | None]
     importable: dict[str, bool]
