@@ -32,9 +32,14 @@ class Target(NamedTuple):
 
 _V3 = frozenset({"lm", "avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"})
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_BF16 = _V4 | {"avx512_bf16", "avx512_vnni"}
+_FLAGS_BF16 = ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni")
 # The best first.
 TARGETS = {
-    "x86-64-v4-bf16": Target(("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"), _V4 | {"avx512_bf16", "avx512_vnni"}),
+    "x86-64-v4-amx": Target(
+        (*_FLAGS_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"), _BF16 | {"amx_tile", "amx_bf16", "amx_int8"}
+    ),
+    "x86-64-v4-bf16": Target(_FLAGS_BF16, _BF16),
     "x86-64-v4": Target(("-march=x86-64-v4",), _V4),
     "x86-64-v3": Target(("-march=x86-64-v3",), _V3),
     "x86-64": Target(("-march=x86-64",), frozenset({"lm"})),
