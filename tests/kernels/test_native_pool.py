@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from ferrum_rt.kernels.cpu import NativeOps, load_kernels
 from ferrum_rt.kernels.cpu.build import Kernels
 from ferrum_rt.kernels.cpu.program import BatchSizes, Program, Rows
 
+ROOT = Path(__file__).parents[2]
 IN, OUT, ROWS = 64, 4096, 8
 needs_two_cpus = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
 
@@ -58,8 +60,26 @@ def opened(kernels: Kernels, num_threads: int) -> tuple[NativeOps, list[int]]:
     return ops, [int(task) for task in set(os.listdir("/proc/self/task")) - before]
 
 
+def wait_for_threads(count: int) -> int:
+    """How many there are: ``count``, or too many. One that has been joined may be listed for a moment longer."""
+    end = time.monotonic() + 10
+    while (found := len(os.listdir("/proc/self/task"))) > count and time.monotonic() < end:
+        os.sched_yield()
+    return found
+
+
 def affinities(threads: list[int]) -> list[set[int]]:
     return [os.sched_getaffinity(thread) for thread in threads]
+
+
+def test_closing_ends_the_threads(kernels: Kernels) -> None:
+    """A pool's threads are there while it is open, and gone when it has been closed, also twice."""
+    before = len(os.listdir("/proc/self/task"))
+    ops, helpers = opened(kernels, 4)
+    assert len(helpers) == 3
+    ops.close()
+    ops.close()
+    assert wait_for_threads(before) <= before
 
 
 @needs_two_cpus
@@ -139,6 +159,7 @@ def test_too_many_threads_are_an_error() -> None:
     code = """
 import os, resource
 from ferrum_rt.kernels.cpu import load_kernels
+from tests.kernels.test_native_pool import wait_for_threads
 kernels = load_kernels()
 threads = len(os.listdir("/proc/self/task"))
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -146,9 +167,9 @@ resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20,) * 2)
 try:
     kernels.open_pool(1000)
 except RuntimeError:
-    print(len(os.listdir("/proc/self/task")) - threads)
+    print(wait_for_threads(threads) - threads)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
     assert (done.stdout, done.returncode) == ("0\n", 0), done.stderr
 
 
