@@ -100,7 +100,12 @@ def _parser() -> Parser:
 
     sub = commands.add_parser("doctor", help="show what is installed, and try it", allow_abbrev=False)
     add_model_option(sub)
-    add_json_option(sub)
+    form = sub.add_mutually_exclusive_group()
+    add_json_option(form)
+    form.add_argument("--build", action="store_true", help="do nothing but compile the CPU kernels, and say where they are")
+    sub.add_argument(
+        "--target", metavar="NAME", action="append", help="with --build: into the package, for this instruction set"
+    )
     sub.set_defaults(command=doctor)
     return parser
 

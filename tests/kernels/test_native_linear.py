@@ -1,7 +1,6 @@
 """The native linear layers."""
 
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -125,17 +124,6 @@ def test_a_row_that_is_no_number_spoils_no_other(ops: NativeOps, is_int8: bool) 
     ops.linear(spoilt, x, packed)
     assert not bool(spoilt[[1, 3]].isfinite().any())
     assert torch.equal(spoilt[[0, 2, 4]], sound[[0, 2, 4]])
-
-
-def test_closing_ends_the_threads() -> None:
-    """A pool's threads are there while it is open, and gone when it has been closed, also twice."""
-    kernels = needed_kernels()
-    before = len(os.listdir("/proc/self/task"))
-    opened = NativeOps(kernels, 4)
-    assert len(os.listdir("/proc/self/task")) == before + 3
-    opened.close()
-    opened.close()
-    assert len(os.listdir("/proc/self/task")) == before
 
 
 def test_without_a_compiler_there_are_no_kernels(

@@ -32,10 +32,17 @@ const Kernel& kernel_of(Op op) {
 }
 
 Pool::Pool(int num_threads) {
-  for (int i = 1; i < num_threads; ++i) helpers_.emplace_back([this] { help(); });
+  try {
+    for (int i = 1; i < num_threads; ++i) helpers_.emplace_back([this] { help(); });
+  } catch (...) {
+    close();
+    throw;
+  }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { close(); }
+
+void Pool::close() {
   is_closing_.store(true);
   epoch_.fetch_add(1);
   epoch_.notify_all();
@@ -52,6 +59,7 @@ void Pool::run(const Instruction* program, int64_t length, const Sizes& sizes) {
     progress_[i].done.store(0, std::memory_order_relaxed);
   }
   step_ = {program, length, sizes};
+  placement_.keep_apart(helpers_);
   visitors_.fetch_and(~1, std::memory_order_release);
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();

@@ -8,17 +8,18 @@
 #include <thread>
 #include <vector>
 
+#include "placement.h"
 #include "program.h"
 
 namespace ferrum {
 
 class Pool {
  public:
-  // `num_threads` includes the one that calls run().
+  // `num_threads` includes the one that calls run(). Throws std::system_error if the system does not give that many.
   explicit Pool(int num_threads);
   ~Pool();
 
-  // One call at a time.
+  // One call at a time, from any thread.
   void run(const Instruction* program, int64_t length, const Sizes& sizes);
 
  private:
@@ -32,6 +33,7 @@ class Pool {
     Sizes sizes;
   };
 
+  void close();
   void work();
   void help();
   static void wait_until(const std::atomic<int32_t>& value, int32_t wanted);
@@ -44,6 +46,7 @@ class Pool {
   alignas(64) std::atomic<int32_t> epoch_{0};
   std::atomic<bool> is_closing_{false};
   std::vector<std::thread> helpers_;
+  Placement placement_;
 };
 
 }  // namespace ferrum
