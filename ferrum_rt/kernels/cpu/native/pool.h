@@ -23,9 +23,12 @@ class Pool {
   void run(const Instruction* program, int64_t length, const Sizes& sizes);
 
  private:
+  // Of an instruction. Its number of chunks is found once, by the thread that ended the one before: it may depend on what that
+  // one wrote, and a thread that comes late would find what later ones have written over it.
   struct alignas(64) Progress {
     std::atomic<int64_t> claimed;
     std::atomic<int32_t> done;
+    std::atomic<int32_t> count;
   };
   struct Step {
     const Instruction* program;
@@ -34,9 +37,10 @@ class Pool {
   };
 
   void close();
+  void open(int64_t i);  // finds how many chunks an instruction has, and the next one too as long as it is none
   void work();
   void help();
-  static void wait_until(const std::atomic<int32_t>& value, int32_t wanted);
+  static void wait_while(const std::atomic<int32_t>& value, int32_t unwanted);
 
   Step step_{};
   std::unique_ptr<Progress[]> progress_;
