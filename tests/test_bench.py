@@ -88,6 +88,8 @@ def test_cpu_peers_without_peers(tmp_path: Path) -> None:
         assert row["ours_over_best_peer"].keys() == SPREAD
         assert 0 < row["share_of_limit"]["ferrum_rt"]["median"] < 1
     assert [row["contender"] for row in report["agreement_with_generate"] if row["is_suspect"]] == []
+    in_int8 = [row for row in report["results"] if row["width"] == "int8"]
+    assert [list(row["tokens_per_s"]) for row in in_int8] == [["ferrum_rt"]] * 3
     picture = tmp_path / "peers.png"
     plot.cpu_peers(report, picture)
     assert picture.stat().st_size > 1000

@@ -286,6 +286,8 @@ def test_doctor_reports_and_tries_the_model(cli: Cli) -> None:
     assert (report["cuda_lacks"] or "can be used") in as_text.out
     assert set(report["cuda_tools"]) == {"nvcc", "ninja"}
     assert report["memory_total"] > report["memory_available"] > 0
+    kernels = report["cpu_kernels"]
+    assert (f"native, {kernels['instruction_set']}: {kernels['library']}" if kernels else "torch's") in as_text.out
     assert report["self_test"]["ok"] is True
     assert report["cpu"] in as_text.out
     assert repr(report["self_test"]["text"]) in as_text.out
@@ -300,3 +302,13 @@ def test_doctor_fails_where_the_model_does(cli: Cli, tmp_path: Path) -> None:
     assert (as_json.status, as_text.status, as_text.err) == (1, 1, "")
     assert str(tmp_path / "config.json") in error
     assert f"failed: {error}" in as_text.out
+
+
+def test_doctor_builds_only_what_it_is_told(cli: Cli) -> None:
+    """A target that there is not is an error that names those there are, and so is a target with nothing to build."""
+    unknown, idle = cli("doctor", "--build", "--target", "x86-64-v9"), cli("doctor", "--target", "x86-64")
+
+    assert_one_error(unknown)
+    assert_one_error(idle)
+    assert "'x86-64-v9' is none of x86-64-v4-amx, x86-64-v4-bf16, x86-64-v4, x86-64-v3, x86-64" in unknown.err
+    assert "--build" in idle.err

@@ -43,6 +43,8 @@ RUNTIME_ORDER = (
     ("engine", "simulation"),
     ("scheduler", "executor", "cuda_executor"),
     ("scheduler_reports", "roster", "claims"),
+    ("step_runner",),
+    ("host_inputs",),
     (
         "residents",
         "sessions",

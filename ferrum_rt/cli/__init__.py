@@ -1,6 +1,7 @@
 """ferrum-rt: the runtime from a terminal. One module per command; this one reads the command line and reports errors."""
 
 import argparse
+from pathlib import Path
 from typing import NoReturn
 
 import ferrum_rt
@@ -90,11 +91,29 @@ def _parser() -> Parser:
     add_simulate_options(sub)
     sub.set_defaults(command=_simulate)
 
+    sub = commands.add_parser("bench", help="see what types of keys and values cost and give", allow_abbrev=False)
+    add_engine_options(sub)
+    sub.add_argument("--text", metavar="FILE", type=Path, help="a text to measure on; a module of our own if left out")
+    sub.add_argument("--tokens", metavar="N", type=int, default=512, help="its first N tokens (default: 512)")
+    add_json_option(sub)
+    sub.set_defaults(command=_bench)
+
     sub = commands.add_parser("doctor", help="show what is installed, and try it", allow_abbrev=False)
     add_model_option(sub)
-    add_json_option(sub)
+    form = sub.add_mutually_exclusive_group()
+    add_json_option(form)
+    form.add_argument("--build", action="store_true", help="do nothing but compile the CPU kernels, and say where they are")
+    sub.add_argument(
+        "--target", metavar="NAME", action="append", help="with --build: into the package, for this instruction set"
+    )
     sub.set_defaults(command=doctor)
     return parser
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from ferrum_rt.cli.bench import bench
+
+    return bench(arguments)
 
 
 def _simulate(arguments: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ import anyio
 import msgspec
 
 import ferrum_rt
+from ferrum_rt.cli.options import UsageError
 from ferrum_rt.cli.output import one_line
 from ferrum_rt.interfaces.types import ModelId
 
@@ -33,9 +34,17 @@ class SelfTest(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
 
 
+class CpuKernels(msgspec.Struct, frozen=True, kw_only=True):
+    """The native kernels that the CPU computes with, and the file that they are in."""
+
+    instruction_set: str
+    library: str
+
+
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """``versions`` of packages that are not installed are None; memory is in bytes. ``cuda`` is the GPU's name,
-    ``cuda_lacks`` why there is no device cuda, ``cuda_tools`` which tools of the compiler are on the PATH."""
+    """``versions`` of packages that are not installed are None; memory is in bytes; where there are no ``cpu_kernels``
+    torch's are used. ``cuda`` is the GPU's name, ``cuda_lacks`` why there is no device cuda, ``cuda_tools`` which tools
+    of the compiler are on the PATH."""
 
     versions: dict[str, str | None]
     importable: dict[str, bool]
@@ -44,6 +53,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     instruction_sets: dict[str, bool]
     memory_total: int
     memory_available: int
+    cpu_kernels: CpuKernels | None
     cuda: str | None
     cuda_lacks: str | None
     cuda_tools: dict[str, bool]
@@ -51,10 +61,26 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """Print the report; 1 if the self test fails."""
+    """Print the report; 1 if the self test fails. Or compile the CPU kernels, and print where they are."""
+    if arguments.build:
+        return _build(arguments.target)
+    if arguments.target:
+        raise UsageError("--target goes with --build")
     report = _examine(arguments.model)
     print(msgspec.json.encode(report).decode() if arguments.json else _as_text(report))
     return 0 if report.self_test.ok else 1
+
+
+def _build(targets: list[str] | None) -> int:
+    from ferrum_rt.kernels.cpu.build import TARGETS, build_ahead, build_native
+
+    for name in targets or ():
+        if name not in TARGETS:
+            raise UsageError(f"argument --target: {name!r} is none of {', '.join(TARGETS)}")
+    libraries = {name: build_ahead(name) for name in targets} if targets else {"native": build_native()}
+    for name, library in libraries.items():
+        print(f"{name:<18}{library}")
+    return 0
 
 
 def _examine(model: str | None) -> Report:
@@ -72,6 +98,7 @@ def _examine(model: str | None) -> Report:
         instruction_sets={name: name in flags for name in _INSTRUCTION_SETS},
         memory_total=_bytes(memory.get("MemTotal")),
         memory_available=_bytes(memory.get("MemAvailable")),
+        cpu_kernels=_cpu_kernels(),
         cuda=_cuda_device(),
         cuda_lacks=_what_cuda_lacks(),
         cuda_tools={name: shutil.which(name) is not None for name in _CUDA_TOOLS},
@@ -99,6 +126,18 @@ def _proc_fields(path: str) -> dict[str, str]:
 
 def _bytes(kibibytes: str | None) -> int:
     return int(kibibytes.removesuffix(" kB")) * 1024 if kibibytes else 0
+
+
+def _cpu_kernels() -> CpuKernels | None:
+    try:
+        from ferrum_rt.kernels.cpu import load_kernels
+
+        kernels = load_kernels()
+    except Exception:  # a broken torch is what the self test reports
+        return None
+    if kernels is None:
+        return None
+    return CpuKernels(instruction_set=kernels.instruction_set, library=str(kernels.library))
 
 
 def _cuda_device() -> str | None:
@@ -138,13 +177,14 @@ async def _generate(model: str | None) -> SelfTest:
 
 def _as_text(report: Report) -> str:
     gib = 2**30
-    test = report.self_test
+    test, kernels = report.self_test, report.cpu_kernels
     lines = {
         **{name: version or "not installed" for name, version in report.versions.items()},
         **{name: "importable" if found else "not installed" for name, found in report.importable.items()},
         "cpu": f"{report.cpu}, {report.cores} cores",
         "instruction sets": " ".join(name for name, found in report.instruction_sets.items() if found) or "none",
         "memory": f"{report.memory_total / gib:.1f} GiB, {report.memory_available / gib:.1f} GiB available",
+        "cpu kernels": f"native, {kernels.instruction_set}: {kernels.library}" if kernels else "torch's",
         "cuda": report.cuda or "not available",
         "device cuda": report.cuda_lacks or "can be used",
         "cuda tools": " ".join(name for name, found in report.cuda_tools.items() if found) or "none on the PATH",

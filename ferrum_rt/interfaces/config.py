@@ -81,15 +81,17 @@ class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 
 class BackendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where to compute and in what type; ``dtype`` None takes the checkpoint's own."""
+    """Where to compute and in what type; ``dtype`` None takes the checkpoint's own, ``int8`` is for the CPU. There
+    ``num_threads`` compute; None is one for each core that torch counts, or as many as OMP_NUM_THREADS says."""
 
     device: Device = Device.AUTO
     dtype: DataType | None = None
+    num_threads: int | None = None
 
 
 class KvCacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Pages of ``block_size`` tokens. ``num_pages`` None derives the number from the memory part; ``dtype`` None takes
-    the weights'. Clients see only prefixes of their own unless ``shared_prefixes`` is set: a hit is faster, so it tells
+    the activations'. Clients see only prefixes of their own unless ``shared_prefixes`` is set: a hit is faster, so it tells
     what others have asked."""
 
     block_size: int = 16
@@ -178,6 +180,7 @@ _POSITIVE = (
     ("scheduler", "ageing_steps"),
     ("scheduler", "max_sessions"),
     ("sampling", "max_tokens"),
+    ("backend", "num_threads"),
     ("kv_cache", "block_size"),
     ("kv_cache", "num_pages"),
     ("memory", "kv_cache_bytes"),

@@ -11,6 +11,9 @@ from ferrum_rt.interfaces.types import Mirostat, TokenId
 
 T_contra = TypeVar("T_contra", contravariant=True)
 
+GREEDY_BELOW = 1e-5
+"""Temperatures too small to divide by."""
+
 
 class SamplingConfig(msgspec.Struct, frozen=True, kw_only=True):
     """SamplingParams after the model's defaults are filled in: what the sampler needs for one sequence, all neutral when
@@ -60,6 +63,11 @@ class SamplingConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Whether a token is drawn from the model's own logits by nothing but temperature, top_k, top_p, min_p and seed, and
         nothing is asked but the token."""
         return not self.changes_logits and self.typical_p >= 1 and self.mirostat is None and self.logprobs is None
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the token is the likeliest by the model's own logits, and nothing is asked but the token."""
+        return self.is_plain and self.temperature <= GREEDY_BELOW
 
 
 class SequenceHistory(msgspec.Struct, frozen=True, kw_only=True):

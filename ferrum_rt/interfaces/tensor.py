@@ -61,8 +61,12 @@ class TensorOps(TensorFactory[T], Protocol[T]):
     N is the number of tokens in the batch, R the rows that are sampled from.
     """
 
-    def pack_linear(self, weight: T, bias: T | None) -> Any:
-        """Turn weight [out, in] and bias [out] into whatever ``linear`` likes best. Called once, at load."""
+    def pack_linear(self, weight: T, bias: T | None, *, is_int8: bool = False) -> Any:
+        """Turn weight [out, in] and bias [out] into whatever ``linear`` likes best. Called once, at load.
+
+        With ``is_int8`` each row of the weight is rounded to -127 … 127 by a scale of its own, its largest magnitude / 127,
+        and so is each row of x in ``linear``; their products add up exactly, and are then multiplied by both scales. Raises
+        Unsupported where there is no kernel for that."""
         ...
 
     def plan_attention(self, batch: Any, kinds: Sequence[AttentionKind]) -> Any:

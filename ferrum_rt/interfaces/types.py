@@ -18,11 +18,13 @@ DEFAULT_CLIENT = ClientId("default")
 
 
 class DataType(enum.StrEnum):
-    """Element type of weights and activations."""
+    """Element type of weights and activations. With ``int8`` activations are bfloat16, and linear layers (but for the router
+    of a mixture of experts) multiply in int8: see TensorOps.pack_linear."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+    INT8 = "int8"
 
 
 class Device(enum.StrEnum):

@@ -10,6 +10,7 @@ from torch import Tensor
 from ferrum_rt.interfaces.tensor import AttentionKind, KvLayer
 from ferrum_rt.kernels.attention import append, attend, copy, plan_attention
 from ferrum_rt.kernels.batch import TokenBatch
+from ferrum_rt.kernels.int8 import Int8Linear, multiply, pack_int8, quantize
 
 
 class Linear(NamedTuple):
@@ -34,8 +35,8 @@ class ReferenceOps:
     def from_host(self, values: Any, dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Any:
-        return Linear(weight.t(), bias)
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, *, is_int8: bool = False) -> Any:
+        return pack_int8(weight, bias) if is_int8 else Linear(weight.t(), bias)
 
     def plan_attention(self, batch: TokenBatch, kinds: Sequence[AttentionKind]) -> Any:
         return plan_attention(batch)
@@ -47,7 +48,9 @@ class ReferenceOps:
             out.mul_(torch.tensor(scale, dtype=out.dtype))
 
     def linear(self, out: Tensor, x: Tensor, weight: Any) -> None:
-        if weight.bias is None:
+        if isinstance(weight, Int8Linear):
+            self._linear_int8(out, x, weight)
+        elif weight.bias is None:
             torch.mm(x, weight.weight, out=out)
         else:
             torch.addmm(weight.bias, x, weight.weight, out=out)
@@ -117,10 +120,19 @@ class ReferenceOps:
     def soft_cap(self, x: Tensor, cap: float) -> None:
         x.div_(cap).tanh_().mul_(cap)
 
+    def _linear_int8(self, out: Tensor, x: Tensor, weight: Int8Linear) -> None:
+        rounded, scales = quantize(x)
+        result = self._multiply_int8(rounded, weight.weight).float().mul_(weight.scales * scales)
+        out.copy_(result if weight.bias is None else result.add_(weight.bias))
+
+    def _multiply_int8(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Exactly x [N, in] @ weight.T [in, out], in int32."""
+        return multiply(x, weight)
+
     def _apply(self, weight: Any, x: Tensor) -> Tensor:
         out = self.empty((x.shape[0], self._out_features(weight)), x.dtype)
         self.linear(out, x, weight)
         return out
 
     def _out_features(self, weight: Any) -> int:
-        return int(weight.weight.shape[1])
+        return len(weight.weight) if isinstance(weight, Int8Linear) else int(weight.weight.shape[1])

@@ -20,6 +20,7 @@ from ferrum_rt.runtime.load_job import (
     allocate_cache,
     bytes_per_page,
     fit_pages,
+    wanted_kv_dtype,
     wanted_length,
 )
 from ferrum_rt.runtime.models.decoder import Decoder, load_weights
@@ -103,7 +104,7 @@ def _types(job: LoadJob, cuda: CudaBackend) -> tuple[DataType, KvDtypeKind]:
     if dtype not in cuda.dtypes:
         known = " or ".join(sorted(cuda.dtypes))
         raise Unsupported(f"backend.dtype {dtype.value!r}: on CUDA the model runs in {known}; or use the device 'cpu'")
-    kv_kind = job.config.kv_cache.dtype or KvDtypeKind(dtype.value)
+    kv_kind = wanted_kv_dtype(job.config, dtype)
     if kv_kind not in (KvDtypeKind(dtype.value), KvDtypeKind.FP8):
         raise Unsupported(
             f"kv_cache.dtype {kv_kind.value!r}: with a model in {dtype.value} the pages on CUDA hold {dtype.value} or fp8"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ferrum_rt.interfaces.errors import BackendError, EngineFailed, ResourceExhausted
+from ferrum_rt.interfaces.errors import EngineFailed, ResourceExhausted
 from ferrum_rt.interfaces.model_executor import StepInput, StepOutput, UnifiedBatch
 from ferrum_rt.interfaces.sampler import SampledToken, Sampler, SamplingContext, TokenScores
 from ferrum_rt.interfaces.tensor import AttentionKind, TensorOps
@@ -16,6 +16,7 @@ from ferrum_rt.interfaces.types import MemoryUsage, ModelInfo, TokenId
 from ferrum_rt.kernels.batch import KvPages, QuerySpan, TokenBatch
 from ferrum_rt.kernels.cuda.device import DeviceEvent, DeviceGraph, StreamDevice
 from ferrum_rt.kernels.cuda.sampling import DrawParams
+from ferrum_rt.runtime.sampler import not_numbers
 from ferrum_rt.runtime.step_inputs import StepInputs
 from ferrum_rt.runtime.step_rows import StepRows, lay_out, memory_of, outputs_of, page_rows, prompt_scores, table_changes
 
@@ -356,4 +357,4 @@ class CudaExecutor:
 def _sampled(token: int) -> SampledToken:
     if token >= 0:
         return SampledToken(TokenId(token))
-    return SampledToken(None, error=BackendError("the model's logits are not numbers (NaN) for this request"))
+    return SampledToken(None, error=not_numbers())

@@ -7,30 +7,29 @@ import torch
 from torch import Tensor
 
 from ferrum_rt.interfaces.model_executor import PageSwap, StepInput, StepOutput
-from ferrum_rt.interfaces.sampler import Sampler, SamplingContext
-from ferrum_rt.interfaces.types import MemoryUsage, ModelInfo
-from ferrum_rt.kernels.batch import KvPages, TokenBatch
+from ferrum_rt.interfaces.sampler import SampledToken, Sampler, SamplingContext, TokenScores
+from ferrum_rt.interfaces.types import MemoryUsage, ModelInfo, TokenId
+from ferrum_rt.kernels.batch import KvPages
+from ferrum_rt.kernels.cpu import CpuOps
+from ferrum_rt.runtime.host_inputs import HostInputs
 from ferrum_rt.runtime.models.decoder import Decoder
-from ferrum_rt.runtime.step_rows import (
-    StepRows,
-    lay_out,
-    memory_of,
-    outputs_of,
-    page_rows,
-    parts_of,
-    prompt_scores,
-    table_changes,
-)
+from ferrum_rt.runtime.sampler import not_numbers
+from ferrum_rt.runtime.step_rows import lay_out, memory_of, outputs_of, page_rows, parts_of, prompt_scores
+from ferrum_rt.runtime.step_runner import StepRunner
 from ferrum_rt.runtime.worker import finished
 
 
 class DecoderExecutor:
-    """Keeps, for each slot, its block table and the token it sampled last; a step brings only what changed."""
+    """Keeps, for each slot, its block table and the token it sampled last; a step brings only what changed. Tokens that are
+    simply the likeliest come from the runner; the sampler draws the others."""
 
     def __init__(
         self,
         model_info: ModelInfo,
         decoder: Decoder,
+        ops: CpuOps,
+        inputs: HostInputs,
+        runner: StepRunner,
         sampler: Sampler[Tensor],
         cache: list[KvPages],
         *,
@@ -47,11 +46,10 @@ class DecoderExecutor:
         self._host_pages = [
             torch.empty((num_host_pages * block_size, *part.shape[1:]), dtype=part.dtype) for part in parts_of(cache)
         ]
-        self._decoder, self._sampler, self._cache = decoder, sampler, cache
+        self._decoder, self._ops, self._inputs, self._runner = decoder, ops, inputs, runner
+        self._sampler, self._cache = sampler, cache
         self._block_size = block_size
-        pages_per_slot = -(-model_info.max_model_len // block_size)
-        self._block_tables = decoder.ops.zeros((num_slots, pages_per_slot), torch.int64)
-        self._last_tokens = decoder.ops.zeros((num_slots,), torch.int64)
+        self._is_greedy = [True] * num_slots
         self._rows = torch.arange(num_slots)
 
     @torch.inference_mode()
@@ -62,19 +60,34 @@ class DecoderExecutor:
     def _run(self, step: StepInput) -> StepOutput:
         self._take_over(step)
         rows = lay_out(step.batch)
-        batch, context = self._batch(rows), SamplingContext(slots=rows.sampled_slots, positions=rows.sampled_positions)
-        self._sampler.prepare(context)
-        hidden = self._decoder.forward(batch, self._decoder.plan_attention(batch), self._cache)
-        scores = [
-            prompt_scores(partial(self._decoder.logits, hidden), self._sampler, item, span, self._rows)
-            for item, span in zip(step.batch.prefills, rows.prefill_spans, strict=True)
-        ]
-        tokens = self._sampler.sample(self._decoder.logits(hidden, batch.logit_rows), context)
-        self._last_tokens[rows.sampled_slots] = torch.tensor([item.token_id or 0 for item in tokens], dtype=torch.int64)
+        others = [row for row, slot in enumerate(rows.sampled_slots) if not self._is_greedy[slot]]
+        context = SamplingContext(
+            slots=[rows.sampled_slots[row] for row in others], positions=[rows.sampled_positions[row] for row in others]
+        )
+        if others:
+            self._sampler.prepare(context)
+        self._inputs.fill(rows)
+        scores: list[list[TokenScores]] = [[] for _ in step.batch.prefills]
+
+        def score_prompts(hidden: Tensor) -> None:
+            logits_of = partial(self._decoder.logits, hidden)
+            for index, (item, span) in enumerate(zip(step.batch.prefills, rows.prefill_spans, strict=True)):
+                scores[index] = prompt_scores(logits_of, self._sampler, item, span, self._rows)
+
+        is_scored = any(item.num_scores is not None for item in step.batch.prefills)
+        logits = self._runner.run(score_prompts if is_scored else None)
+        tokens = [_sampled(token) for token in logits.best]
+        if others:
+            is_all = len(others) == len(tokens)
+            drawn = self._sampler.sample(logits.rows[: len(tokens)] if is_all else logits.rows[others], context)
+            for row, token in zip(others, drawn, strict=True):
+                tokens[row] = token
+        self._inputs.keep(rows.sampled_slots, [item.token_id for item in tokens])
         return outputs_of(step.batch, tokens, scores)
 
     def close(self) -> None:
         self._sampler.close()
+        self._ops.close()
 
     def memory_usage(self) -> MemoryUsage:
         return memory_of(self._decoder.weights.num_bytes, self._cache)
@@ -84,15 +97,14 @@ class DecoderExecutor:
         for swap in step.swapped_out:  # first, for it counts as done even if the step fails
             self._move(swap, to_host=True)
         for assigned in step.assigned:
+            self._is_greedy[assigned.slot] = assigned.sampling.is_greedy
             self._sampler.assign(assigned.slot, assigned.sampling, assigned.history)
-        at, pages = table_changes(step, self._block_tables.shape[1])
-        if at:
-            self._block_tables.view(-1)[at] = torch.tensor(pages)
+        self._inputs.take_over(step)
         if step.copied:
             sources = page_rows(torch.tensor([item.source for item in step.copied]), self._block_size)
             targets = page_rows(torch.tensor([item.target for item in step.copied]), self._block_size)
             for layer in self._cache:
-                self._decoder.ops.copy_kv(layer, sources, targets)
+                self._ops.copy_kv(layer, sources, targets)
         for swap in step.swapped_in:
             self._move(swap, to_host=False)
 
@@ -104,18 +116,6 @@ class DecoderExecutor:
             theirs = host[swap.host_page * size : (swap.host_page + 1) * size]
             theirs.copy_(ours) if to_host else ours.copy_(theirs)
 
-    def _batch(self, rows: StepRows) -> TokenBatch:
-        decoded = self._last_tokens[rows.slots[: rows.num_decodes]]
-        positions = torch.tensor(rows.positions)
-        return TokenBatch(
-            token_ids=torch.cat([decoded, torch.tensor(rows.known, dtype=torch.int64)]),
-            positions=positions,
-            kv_slots=self._kv_slots(torch.tensor(rows.slots), positions),
-            logit_rows=torch.tensor(rows.logit_rows, dtype=torch.int64),
-            spans=rows.spans,
-            block_tables=self._block_tables,
-            block_size=self._block_size,
-        )
 
-    def _kv_slots(self, slots: Tensor, positions: Tensor) -> Tensor:
-        return self._block_tables[slots, positions // self._block_size] * self._block_size + positions % self._block_size
+def _sampled(token: TokenId | None) -> SampledToken:
+    return SampledToken(token) if token is not None else SampledToken(None, error=not_numbers())

@@ -14,10 +14,12 @@ from ferrum_rt.runtime.models.families import DecoderSpec
 from ferrum_rt.runtime.models.weights import WeightReader
 from ferrum_rt.runtime.progress import progress_bar
 
+# Of the activations, and of the weights that are not int8.
 TORCH_DTYPES = {
     DataType.FLOAT32: torch.float32,
     DataType.BFLOAT16: torch.bfloat16,
     DataType.FLOAT16: torch.float16,
+    DataType.INT8: torch.bfloat16,
 }
 KV_TORCH_DTYPES = {
     KvDtypeKind.FLOAT32: torch.float32,
@@ -53,6 +55,12 @@ class LoadJob:
             dtype=dtype,
             device=device,
         )
+
+
+def wanted_kv_dtype(config: EngineConfig, dtype: DataType) -> KvDtypeKind:
+    """What is asked for, else the type of the activations."""
+    activations = DataType.BFLOAT16 if dtype is DataType.INT8 else dtype
+    return config.kv_cache.dtype or KvDtypeKind(activations.value)
 
 
 def wanted_length(config: EngineConfig, spec: DecoderSpec) -> int:

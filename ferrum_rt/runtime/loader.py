@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,30 @@ from ferrum_rt.interfaces.errors import (
     Unsupported,
 )
 from ferrum_rt.interfaces.grammar import GrammarCompiler
-from ferrum_rt.interfaces.kv_dtype import KvDtypeKind
 from ferrum_rt.interfaces.model_executor import ModelExecutor
 from ferrum_rt.interfaces.requests import check_sampling
 from ferrum_rt.interfaces.tokenizer import Tokenizer
 from ferrum_rt.interfaces.types import DataType, Device, ModelSource, SamplingParams, TokenId
-from ferrum_rt.kernels.cpu import TorchCpuOps
+from ferrum_rt.kernels.cpu import open_ops
 from ferrum_rt.runtime.cuda_backend import CudaBackend, build_cuda_executor, find_cuda
 from ferrum_rt.runtime.executor import DecoderExecutor
 from ferrum_rt.runtime.grammar import LlGrammarCompiler
+from ferrum_rt.runtime.host_inputs import HostInputs
 from ferrum_rt.runtime.json_file import read_json
-from ferrum_rt.runtime.load_job import TORCH_DTYPES, LoadJob, allocate_cache, bytes_per_page, fit_pages, wanted_length
+from ferrum_rt.runtime.load_job import (
+    TORCH_DTYPES,
+    LoadJob,
+    allocate_cache,
+    bytes_per_page,
+    fit_pages,
+    wanted_kv_dtype,
+    wanted_length,
+)
 from ferrum_rt.runtime.models.decoder import Decoder, load_weights
 from ferrum_rt.runtime.models.families import DecoderSpec, parse_config
 from ferrum_rt.runtime.models.weights import CheckpointReader, DummyReader
 from ferrum_rt.runtime.sampler import BatchSampler
+from ferrum_rt.runtime.step_runner import build_runner
 from ferrum_rt.runtime.tokenizer import HfTokenizerFactory
 from ferrum_rt.runtime.tool_calls import ToolFormat, detect_format
 
@@ -172,36 +182,46 @@ def _build_executor(
 
 def _build_cpu_executor(job: LoadJob) -> DecoderExecutor:
     config, spec, dtype = job.config, job.spec, job.dtype
-    kv_kind = config.kv_cache.dtype or KvDtypeKind(dtype.value)
+    torch_dtype, is_int8 = TORCH_DTYPES[dtype], dtype is DataType.INT8
+    kv_kind = wanted_kv_dtype(config, dtype)
     wanted_len = wanted_length(config, spec)
     budget = config.memory.kv_cache_bytes or available_memory() // 4
     page_bytes = bytes_per_page(config, spec, kv_kind)
     max_model_len, num_pages = fit_pages(config, wanted_len, page_bytes, budget)
     num_slots, block_size = config.scheduler.max_running_requests, config.kv_cache.block_size
-    ops = TorchCpuOps()
-    with torch.inference_mode():
-        weights = load_weights(spec, job.open_reader(), ops, TORCH_DTYPES[dtype], max_model_len, job.loading_bar())
-        decoder = Decoder(spec, weights, ops, TORCH_DTYPES[dtype], config.batching.max_batched_tokens, num_slots)
-        return DecoderExecutor(
+    max_tokens = config.batching.max_batched_tokens
+    inputs = HostInputs(num_slots, max_tokens, -(-max_model_len // block_size), block_size)
+    with torch.inference_mode(), ExitStack() as undo:
+        ops = open_ops(config.backend.num_threads or torch.get_num_threads())
+        undo.callback(ops.close)
+        weights = load_weights(spec, job.open_reader(), ops, torch_dtype, max_model_len, job.loading_bar(), is_int8=is_int8)
+        decoder = Decoder(spec, weights, ops, torch_dtype, max_tokens, num_slots)
+        cache = allocate_cache(spec, num_pages * block_size, kv_kind, ops.device)
+        executor = DecoderExecutor(
             job.model_info(weights.num_parameters, max_model_len, dtype, Device.CPU),
             decoder,
+            ops,
+            inputs,
+            build_runner(decoder, ops, cache, inputs),
             BatchSampler(num_slots, spec.vocab_size, max_model_len, ops.device),
-            allocate_cache(spec, num_pages * block_size, kv_kind, ops.device),
+            cache,
             num_slots=num_slots,
             num_pages=num_pages,
             block_size=block_size,
             num_host_pages=(config.memory.swap_bytes or 0) // page_bytes,
         )
+        undo.pop_all()
+        return executor
 
 
 def _dtype(raw: dict[str, Any], wanted: DataType | None) -> DataType:
     if wanted is not None:
         return wanted
     name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    try:
-        return DataType(name)
-    except ValueError as error:
-        raise Unsupported(f"config.json: dtype {name!r} is not supported; choose one with dtype=") from error
+    # Of weights that are int8 already we do not know the scales.
+    if name not in [dtype for dtype in DataType if dtype is not DataType.INT8]:
+        raise Unsupported(f"config.json: dtype {name!r} is not supported; choose one with dtype=")
+    return DataType(name)
 
 
 def available_memory() -> int:

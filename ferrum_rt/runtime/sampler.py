@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from ferrum_rt.interfaces.errors import BackendError, FerrumError, RequestValidationError
-from ferrum_rt.interfaces.sampler import SampledToken, SamplingConfig, SamplingContext, SequenceHistory, TokenScores
+from ferrum_rt.interfaces.sampler import (
+    GREEDY_BELOW,
+    SampledToken,
+    SamplingConfig,
+    SamplingContext,
+    SequenceHistory,
+    TokenScores,
+)
 from ferrum_rt.interfaces.types import TokenId
 from ferrum_rt.kernels.sampling import (
     NUM_CANDIDATES,
@@ -23,28 +30,24 @@ from ferrum_rt.kernels.sampling import (
 )
 from ferrum_rt.runtime.processors import Processors
 
-GREEDY_BELOW = 1e-5
-"""Temperatures too small to divide by."""
-
 
 class _Group(enum.IntEnum):
-    """How a row is drawn; those past the first are copied to the workspace, in this order."""
+    """How a row is drawn; they stand in the workspace in this order."""
 
-    SIMPLE = 0  # greedy, from logits that nobody changes
-    GREEDY = 1
-    WHOLE = 2  # from the whole vocabulary
-    PART = 3
+    GREEDY = 0
+    WHOLE = 1  # from the whole vocabulary
+    PART = 2
 
 
 class BatchSampler:
-    """Greedy rows whose logits nobody changes cost one reduction. The grouping of the others looks at each row alone, and so
-    does what is done to it: the rest of the batch cannot change what a row draws."""
+    """The grouping of rows looks at each row alone, and so does what is done to it: the rest of the batch cannot change what
+    a row draws."""
 
     def __init__(self, num_slots: int, vocab_size: int, max_model_len: int, device: torch.device | str = "cpu") -> None:
         self._num_slots, self._vocab_size, self._device = num_slots, vocab_size, device
         self._processors = Processors(num_slots, vocab_size, max_model_len, device)
         self._configs = [SamplingConfig()] * num_slots
-        self._groups = [_Group.SIMPLE] * num_slots
+        self._groups = [_Group.GREEDY] * num_slots
         self._mirostat_mu = [math.inf] * num_slots
         self._workspace: Tensor | None = None
 
@@ -63,21 +66,11 @@ class BatchSampler:
         """A token per row of ``logits`` [rows, vocabulary], which are left as they are."""
         configs = [self._configs[slot] for slot in context.slots]
         groups = [self._groups[slot] for slot in context.slots]
+        rows = sorted(range(len(groups)), key=groups.__getitem__)
+        drawn, errors, bounds = self._draw(logits, rows, context)
         tokens: list[TokenId | None] = [None] * len(groups)
-        errors: dict[int, FerrumError] = {}
-        bounds: dict[int, float] = {}
-        if _Group.SIMPLE in groups:
-            highest, found = argmax(logits)
-            tokens = found.tolist()
-            errors = {row: _not_numbers() for row in _unsound(highest) if groups[row] is _Group.SIMPLE}
-        rows = sorted((row for row, group in enumerate(groups) if group is not _Group.SIMPLE), key=groups.__getitem__)
-        if rows:
-            drawn, failed, bounds = self._draw(logits, rows, context)
-            errors |= failed
-            for row, token in zip(rows, drawn, strict=True):
-                tokens[row] = token
-        for row in errors:
-            tokens[row] = None
+        for row, token in zip(rows, drawn, strict=True):
+            tokens[row] = None if row in errors else token
         scores = self._score_drawn(logits, tokens, configs)
         # What is remembered comes last: a step that ran out of memory before here can be sampled again.
         for slot, bound in bounds.items():
@@ -112,7 +105,7 @@ class BatchSampler:
         highest, tokens = argmax(x)
         for at in _unsound(highest):
             was_sound = bool(argmax(logits[rows[at] : rows[at] + 1])[0].isfinite())
-            failed.setdefault(at, _nothing_left() if was_sound else _not_numbers())
+            failed.setdefault(at, _nothing_left() if was_sound else not_numbers())
             x[at], highest[at] = 0.0, 0.0
 
         slots = [context.slots[row] for row in rows]
@@ -192,9 +185,9 @@ class BatchSampler:
 
 
 def _group(config: SamplingConfig) -> _Group:
-    if config.temperature > GREEDY_BELOW:
-        return _Group.PART if config.truncates else _Group.WHOLE
-    return _Group.GREEDY if config.changes_logits else _Group.SIMPLE
+    if config.temperature <= GREEDY_BELOW:
+        return _Group.GREEDY
+    return _Group.PART if config.truncates else _Group.WHOLE
 
 
 def _unsound(highest: Tensor) -> list[int]:
@@ -203,7 +196,8 @@ def _unsound(highest: Tensor) -> list[int]:
     return [row for row, sound in enumerate(is_sound) if not sound]
 
 
-def _not_numbers() -> BackendError:
+def not_numbers() -> BackendError:
+    """A row of logits has no largest one."""
     return BackendError("the model's logits are not numbers (NaN) for this request")
 
 

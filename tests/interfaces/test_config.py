@@ -143,6 +143,7 @@ def test_wrong_type(fields: dict[str, Any], path: str) -> None:
         "scheduler.min_prefill_tokens",
         "scheduler.ageing_steps",
         "scheduler.max_sessions",
+        "backend.num_threads",
         "sampling.max_tokens",
         "kv_cache.block_size",
         "kv_cache.num_pages",

@@ -258,8 +258,11 @@ def test_types_without_a_kernel_are_refused(dtype: torch.dtype, kv_dtype: torch.
 
 
 def test_shapes_without_a_kernel_are_refused() -> None:
-    """Rotary dimensions that are no multiple of 16, rows that are no multiple of 8, experts in float16 or with a bias."""
+    """Rotary dimensions that are no multiple of 16, rows that are no multiple of 8, experts in float16 or with a bias, and
+    int8."""
     ops, dtype = cuda_ops(torch.float16), torch.float16
+    with pytest.raises(Unsupported, match=r"int8: .* use the device 'cpu'"):
+        ops.pack_linear(torch.ones(16, 8, dtype=dtype), None, is_int8=True)
     with pytest.raises(Unsupported, match="rotary dimensions 24"):
         ops.qk_norm_rope(torch.ones(1, 2, 64, dtype=dtype), None, 1e-6, torch.zeros(1, dtype=torch.int64), torch.ones(9, 24))
     with pytest.raises(Unsupported, match="intermediate_size 12"):

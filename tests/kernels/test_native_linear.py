@@ -1,7 +1,6 @@
 """The native linear layers."""
 
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from ferrum_rt.kernels.cpu import NativeOps, build, load_kernels
 from ferrum_rt.kernels.cpu.build import Kernels
 from ferrum_rt.kernels.cpu.program import Kind
+from ferrum_rt.kernels.reference import ReferenceOps
 
 # Of the largest output: one rounding to the type, and for float32 the order of adding up.
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -80,6 +80,19 @@ def test_linear_is_that_of_float64(
     check_linear(ops, dtype, rows, inner, outer, is_int8=is_int8, has_bias=has_bias, seed=seed)
 
 
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_int8_is_that_of_the_reference(ops: NativeOps, dtype: torch.dtype) -> None:
+    """To the bit, also for numbers that are too small for a scale."""
+    for rows, inner, outer in [(1, 96, 80), (5, 7, 33), (17, 3000, 40)]:
+        x, weight = random(rows, inner, dtype=dtype, seed=1), random(outer, inner, dtype=dtype, seed=2)
+        x[-1], weight[-1], bias = 1e-38, 1e-38, random(outer, dtype=dtype, seed=3)
+        results = []
+        for each in (ops, ReferenceOps()):
+            results.append(torch.empty((rows, outer), dtype=dtype))
+            each.linear(results[-1], x, each.pack_linear(weight, bias, is_int8=True))
+        assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 def test_a_row_does_not_depend_on_its_batch(ops: NativeOps, dtype: torch.dtype, is_int8: bool) -> None:
@@ -111,17 +124,6 @@ def test_a_row_that_is_no_number_spoils_no_other(ops: NativeOps, is_int8: bool) 
     ops.linear(spoilt, x, packed)
     assert not bool(spoilt[[1, 3]].isfinite().any())
     assert torch.equal(spoilt[[0, 2, 4]], sound[[0, 2, 4]])
-
-
-def test_closing_ends_the_threads() -> None:
-    """A pool's threads are there while it is open, and gone when it has been closed, also twice."""
-    kernels = needed_kernels()
-    before = len(os.listdir("/proc/self/task"))
-    opened = NativeOps(kernels, 4)
-    assert len(os.listdir("/proc/self/task")) == before + 3
-    opened.close()
-    opened.close()
-    assert len(os.listdir("/proc/self/task")) == before
 
 
 def test_without_a_compiler_there_are_no_kernels(

@@ -1,20 +1,35 @@
 """Each TensorOps against float64."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ferrum_rt.kernels.batch import allocate_pages
-from ferrum_rt.kernels.cpu import TorchCpuOps
+from ferrum_rt.kernels.cpu import NativeOps, TorchCpuOps, load_kernels
 from ferrum_rt.kernels.reference import ReferenceOps
 
-BACKENDS = [ReferenceOps(), TorchCpuOps()]
+BACKENDS = [ReferenceOps, TorchCpuOps, NativeOps]
 # The usual bounds: a few units in the last place of the type that the result is rounded to.
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
-backends = pytest.mark.parametrize("ops", BACKENDS, ids=lambda ops: type(ops).__name__)
+backends = pytest.mark.parametrize("ops", BACKENDS, ids=lambda backend: backend.__name__, indirect=True)
 dtypes = pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+
+
+@pytest.fixture
+def ops(request: pytest.FixtureRequest) -> Iterator[ReferenceOps]:
+    if request.param is not NativeOps:
+        yield request.param()
+        return
+    kernels = load_kernels()
+    if kernels is None:
+        pytest.skip("needs a C++ compiler")
+    native = NativeOps(kernels, 2)
+    yield native
+    native.close()
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -37,6 +52,38 @@ def test_linear(ops: ReferenceOps, dtype: torch.dtype, rows: int, has_bias: bool
     out = ops.empty((rows, 80), dtype)
     ops.linear(out, x, ops.pack_linear(weight, bias))
     close(out, F.linear(x.double(), weight.double(), None if bias is None else bias.double()))
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize(("rows", "inner", "outer"), [(1, 96, 80), (3, 1, 40), (16, 3000, 33), (65, 7, 1), (0, 96, 80)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_linear_in_int8(ops: ReferenceOps, dtype: torch.dtype, rows: int, inner: int, outer: int, has_bias: bool) -> None:
+    """Rows of x and of the weight are rounded by a scale of their own, and the sums are exact, also of more products
+    near the largest than float32 holds the sum of."""
+    x, weight = random(rows, inner, dtype=dtype), random(outer, inner, dtype=dtype, seed=1)
+    x[::2], weight[::3] = x[::2].clamp(0.9, 1.0), weight[::3].clamp(0.9, 1.0)
+    bias = random(outer, dtype=dtype, seed=2) if has_bias else None
+    out = ops.empty((rows, outer), dtype)
+    ops.linear(out, x, ops.pack_linear(weight, bias, is_int8=True))
+    x_scale, weight_scale = (part.float().abs().amax(1, keepdim=True) / 127 for part in (x, weight))
+    total = (x * (1 / x_scale)).round().double() @ (weight * (1 / weight_scale)).round().double().T
+    expected = total.float() * (weight_scale.T * x_scale)
+    assert torch.equal(out, (expected if bias is None else expected + bias).to(dtype))
+
+
+@backends
+def test_int8_rows_that_have_no_scale(ops: ReferenceOps) -> None:
+    """A row with NaN or infinity in it is NaN, one of zeros or of numbers too small to scale is 0, and no other differs."""
+    x, weight = random(6, 64, dtype=torch.float32), random(40, 64, dtype=torch.float32, seed=1)
+    packed = ops.pack_linear(weight, None, is_int8=True)
+    sound, out = ops.empty((6, 40), torch.float32), ops.empty((6, 40), torch.float32)
+    ops.linear(sound, x, packed)
+    x[0, 3], x[1, 5], x[2], x[3] = torch.nan, -torch.inf, 0.0, 1e-38
+    ops.linear(out, x, packed)
+    assert bool(out[:2].isnan().all())
+    assert bool((out[2:4] == 0).all())
+    assert torch.equal(out[4:], sound[4:])
 
 
 @backends

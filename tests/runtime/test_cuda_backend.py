@@ -83,6 +83,7 @@ def test_flashinfer_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     ("fields", "field"),
     [
         ({"dtype": "float16"}, "backend.dtype"),
+        ({"dtype": "int8"}, "backend.dtype 'int8': on CUDA the model runs in .* or use the device 'cpu'"),
         ({"kv_dtype": "int8"}, "kv_cache.dtype"),
         ({"kv_dtype": "float16"}, "kv_cache.dtype"),
         ({"dtype": "bfloat16", "kv_dtype": "float32"}, "kv_cache.dtype"),

@@ -1,4 +1,4 @@
-"""Instructions for the native step program; ``native/program.h`` and ``native/linear.h`` say the same in C++."""
+"""Instructions for the native step program; ``native/program.h`` and the headers beside it say the same in C++."""
 
 import ctypes
 import enum
@@ -17,9 +17,19 @@ class Op(enum.IntEnum):
 
     PREPARE = 0
     LINEAR = 1
-    APPEND = 2
-    PLAN = 3
-    ATTENTION = 4
+    GATHER = 2
+    RMS_NORM = 3
+    QK_NORM_ROPE = 4
+    GATED_ACTIVATION = 5
+    SOFT_CAP = 6
+    ARGMAX = 7
+    APPEND = 8
+    PLAN = 9
+    ATTENTION = 10
+    ROUTE = 11
+    GROUP = 12
+    EXPERTS_LINEAR = 13
+    COMBINE = 14
 
 
 class Kind(enum.IntEnum):
@@ -31,17 +41,21 @@ class Kind(enum.IntEnum):
     INT8 = 3
 
 
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.int8: 4}
 PER_GRANULE = {Kind.FLOAT32: 1, Kind.BFLOAT16: 2, Kind.FLOAT16: 2, Kind.INT8: 4}
 KINDS = {torch.float32: Kind.FLOAT32, torch.bfloat16: Kind.BFLOAT16, torch.float16: Kind.FLOAT16}
 
 
 class Rows(enum.IntEnum):
-    """Numbers of rows that each batch has its own of."""
+    """Numbers of rows that each batch has its own of. Four less is twice as many, and so on."""
 
     TOKENS = -1
     SAMPLED = -2
     SPANS = -3
+
+    def times(self, count: int) -> int:
+        return self - 4 * (count - 1)
 
 
 class BatchSizes(NamedTuple):

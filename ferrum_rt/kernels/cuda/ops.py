@@ -54,7 +54,9 @@ class CudaOps(ReferenceOps):
         # What was made of a weight at its first use, by the weight's id; the weight is kept so that the id stays its own.
         self._prepared: dict[int, tuple[Any, Any]] = {}
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Any:
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, *, is_int8: bool = False) -> Any:
+        if is_int8:
+            raise Unsupported("dtype int8: on CUDA the model runs in bfloat16 or float16; or use the device 'cpu'")
         return super().pack_linear(weight.to(self.device), None if bias is None else bias.to(self.device))
 
     def plan_attention(self, batch: TokenBatch, kinds: Sequence[AttentionKind]) -> Any:

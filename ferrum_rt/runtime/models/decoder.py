@@ -1,7 +1,7 @@
 """The one decoder. A model family is a DecoderSpec; a device is a TensorOps."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class Layer:
 
 @dataclass(slots=True)
 class Weights:
-    """A whole model, ready for a backend. ``num_bytes`` counts what was read."""
+    """A whole model, ready for a backend. ``num_bytes`` is the memory that it takes, packed and with rotary tables."""
 
     embed: Tensor
     lm_head: Any
@@ -61,22 +61,48 @@ def load_weights(
     dtype: torch.dtype,
     max_model_len: int,
     progress: Callable[[int, int], None],
+    *,
+    is_int8: bool = False,
 ) -> Weights:
-    """Check every tensor, then read them. ``progress`` is told the layers done and the layers there are."""
+    """Check every tensor, then read them in ``dtype``. With ``is_int8`` the linear layers are rounded to int8, but for the
+    routers, which are small and choose. ``progress`` is told the layers done and the layers there are."""
     outer = decoder_parts(spec)
     by_layer = [layer_parts(spec, index) for index in range(len(spec.layers))]
     reader.check([*outer.values(), *(part for parts in by_layer for part in parts.values())])
-    loader = _Loader(spec, reader, ops, dtype, max_model_len)
+    loader = _Loader(spec, reader, ops, dtype, max_model_len, is_int8)
     layers = []
     for index, parts in enumerate(by_layer):
         progress(index, len(by_layer))
         layers.append(loader.layer(index, parts))
     embed = loader.tensor(outer["embed"])
-    lm_head = ops.pack_linear(embed, None) if spec.is_tied else loader.linear(outer, "lm_head")
+    lm_head = ops.pack_linear(embed, None, is_int8=is_int8) if spec.is_tied else loader.linear(outer, "lm_head")
     norm = loader.norm(outer, "norm")
     progress(len(by_layer), len(by_layer))
     assert norm is not None  # every family has a final norm
-    return Weights(embed, lm_head, norm, layers, loader.num_parameters, loader.num_parameters * dtype.itemsize)
+    return Weights(embed, lm_head, norm, layers, loader.num_parameters, _num_bytes([embed, lm_head, norm, layers]))
+
+
+def _num_bytes(parts: list[Any]) -> int:
+    """Of the memory behind the tensors in these; a tied weight may be one memory, seen twice."""
+    found: dict[int, int] = {}
+    for tensor in _tensors(parts):
+        if tensor.is_mkldnn:  # its memory is oneDNN's
+            found[id(tensor)] = tensor.nbytes
+        else:
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+def _tensors(part: Any) -> Iterator[Tensor]:
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, list | tuple):
+        for item in part:
+            yield from _tensors(item)
+    elif is_dataclass(part):
+        for field in fields(part):
+            yield from _tensors(getattr(part, field.name))
 
 
 def attention_kind(spec: DecoderSpec, layer: int) -> AttentionKind:
@@ -95,10 +121,16 @@ class _Loader:
     """Turns parts of a checkpoint into what the ops want."""
 
     def __init__(
-        self, spec: DecoderSpec, reader: WeightReader, ops: TensorOps[Tensor], dtype: torch.dtype, max_model_len: int
+        self,
+        spec: DecoderSpec,
+        reader: WeightReader,
+        ops: TensorOps[Tensor],
+        dtype: torch.dtype,
+        max_model_len: int,
+        is_int8: bool,
     ) -> None:
         self._spec, self._reader, self._ops, self._dtype = spec, reader, ops, dtype
-        self._max_model_len = max_model_len
+        self._max_model_len, self._is_int8 = max_model_len, is_int8
         self._tables: list[tuple[RopeSpec, Tensor]] = []
         self.num_parameters = 0
 
@@ -123,8 +155,8 @@ class _Loader:
         return weight
 
     def linear(self, parts: dict[str, Part], name: str) -> Any:
-        bias = parts.get(name + "_bias")
-        return self._ops.pack_linear(self.tensor(parts[name]), self.tensor(bias) if bias else None)
+        weight, bias = self.tensor(parts[name]), parts.get(name + "_bias")
+        return self._ops.pack_linear(weight, self.tensor(bias) if bias else None, is_int8=self._is_int8)
 
     def norm(self, parts: dict[str, Part], name: str) -> Tensor | None:
         """Norm weights stay in float32: they are few, and 1 + w would lose w's low bits in less."""
@@ -154,7 +186,7 @@ class _Loader:
             (self.linear(parts, f"expert_{index}_gate_up"), self.linear(parts, f"expert_{index}_down"))
             for index in range(moe.num_experts)
         ]
-        return MoeMlp(self.linear(parts, "router"), experts)
+        return MoeMlp(self._ops.pack_linear(self.tensor(parts["router"]), None), experts)
 
     def _cos_sin(self, rope: RopeSpec) -> Tensor:
         for known, table in self._tables:

@@ -7,7 +7,6 @@
 namespace ferrum {
 namespace {
 
-constexpr int64_t kRowsPerChunk = 20 * kMaxRows;
 constexpr int64_t kChunkBytes = 256 << 10;  // of weights
 
 F32 finish(const LinearArguments&, F32 sum, int64_t, int64_t) { return sum; }
@@ -52,36 +51,31 @@ void panel(const LinearArguments& a, int64_t rows, int64_t first_row, int64_t in
 
 int64_t panels_per_chunk(const LinearArguments& a) { return std::max<int64_t>(1, kChunkBytes / (a.granules * kPanel * 4)); }
 
-int64_t linear_count(const Instruction& i, const Sizes& sizes) {
-  const auto& a = i.as<LinearArguments>();
-  return ceil_div(ceil_div(a.width, kPanel), panels_per_chunk(a)) * ceil_div(sizes(i.rows), kRowsPerChunk);
-}
-
+// Of `rows` rows from `first_row` on.
 template <class Dot, class T>
-void linear_chunk(const LinearArguments& a, int64_t rows, int64_t chunk) {
-  const int64_t panels = ceil_div(a.width, kPanel), step = panels_per_chunk(a), across = ceil_div(panels, step);
-  const int64_t first_row = chunk / across * kRowsPerChunk, first = chunk % across * step;
+void chunk_of(const LinearArguments& a, int64_t first_row, int64_t rows, int64_t chunk) {
+  const int64_t panels = ceil_div(a.width, kPanel), step = panels_per_chunk(a), across = linear_chunks_across(a);
+  const int64_t skipped = chunk / across * kLinearRows, first = chunk % across * step;
   for (int64_t index = first; index < std::min(first + step, panels); ++index)
-    panel<Dot, T>(a, std::min(kRowsPerChunk, rows - first_row), first_row, index);
+    panel<Dot, T>(a, std::min(kLinearRows, rows - skipped), first_row + skipped, index);
 }
 
 template <class T>
-void linear_of(const LinearArguments& a, int64_t rows, int64_t chunk) {
+void chunk_of(const LinearArguments& a, int64_t first_row, int64_t rows, int64_t chunk) {
   switch (a.kind) {
-    case Kind::kFloat32: return linear_chunk<DotFloat32, T>(a, rows, chunk);
-    case Kind::kBfloat16: return linear_chunk<DotBfloat16, T>(a, rows, chunk);
-    case Kind::kFloat16: return linear_chunk<DotFloat16, T>(a, rows, chunk);
-    case Kind::kInt8: return linear_chunk<DotInt8, T>(a, rows, chunk);
+    case Kind::kFloat32: return chunk_of<DotFloat32, T>(a, first_row, rows, chunk);
+    case Kind::kBfloat16: return chunk_of<DotBfloat16, T>(a, first_row, rows, chunk);
+    case Kind::kFloat16: return chunk_of<DotFloat16, T>(a, first_row, rows, chunk);
+    case Kind::kInt8: return chunk_of<DotInt8, T>(a, first_row, rows, chunk);
   }
 }
 
+int64_t linear_count(const Instruction& i, const Sizes& sizes) {
+  return linear_chunks_across(i.as<LinearArguments>()) * ceil_div(sizes(i.rows), kLinearRows);
+}
+
 void linear_run(const Instruction& i, const Sizes& sizes, int64_t chunk) {
-  const auto& a = i.as<LinearArguments>();
-  switch (i.type) {
-    case Type::kFloat32: return linear_of<float>(a, sizes(i.rows), chunk);
-    case Type::kBfloat16: return linear_of<Bf16>(a, sizes(i.rows), chunk);
-    default: return linear_of<F16>(a, sizes(i.rows), chunk);
-  }
+  linear_chunk(i.type, i.as<LinearArguments>(), 0, sizes(i.rows), chunk);
 }
 
 // -- rows of x as granules -------------------------------------------------------------------------------------------------
@@ -98,18 +92,19 @@ float largest(const T* x, int64_t width) {
   return highest(most);
 }
 
-// Rounded to -127 … 127 by a scale of the row's own. A row that holds no number keeps none: its scale is NaN.
+// Rounded to -127 … 127 by a scale of the row's own, a vector at a time. A row that holds no number keeps none: its scale is NaN.
+// Where the scale's inverse would be infinite the row is as good as 0.
 template <class T, class Write>
 float quantize(const T* x, int64_t width, Write write) {
   float scale = largest(x, width) / 127.0f;
-  bool is_sound = true;
+  const float inverse = scale >= 0x1p-126f ? 1.0f / scale : 0.0f;
+  F32 unsound{};
   for_vectors(width, [&](int64_t at, int count) {
     F32 value = load(x + at, count);
-    is_sound = is_sound && sum(value - value) == 0.0f;
-    I32 rounded = round_to_int(value * (scale > 0 ? 1.0f / scale : 0.0f));
-    for (int i = 0; i < count; ++i) write(at + i, std::clamp(rounded[i], -127, 127));
+    unsound += value - value;  // not 0 for what is no number
+    write(at, round_to_int(min(max(value * inverse, splat<F32>(-127.0f)), splat<F32>(127.0f))), count);
   });
-  return is_sound ? scale : NAN;
+  return sum(unsound) == 0.0f ? scale : NAN;
 }
 
 int64_t prepare_count(const Instruction& i, const Sizes& sizes) { return ceil_div(sizes(i.rows), kRowsPerPrepare); }
@@ -121,7 +116,10 @@ void prepare_row(const PrepareArguments& a, int64_t row) {
   if (a.kind == Kind::kInt8) {
     out[a.width / 4] = 0;
     auto* bytes = reinterpret_cast<uint8_t*>(out);
-    a.scales[row] = quantize(x, a.width, [&](int64_t at, int32_t value) { bytes[at] = static_cast<uint8_t>(value + 128); });
+    a.scales[row] = quantize(x, a.width, [&](int64_t at, I32 values, int count) {
+      const auto moved = __builtin_convertvector(values + 128, U8);
+      std::memcpy(bytes + at, &moved, count);
+    });
     // A byte that is no part of the row meets a weight of 0.
     return;
   }
@@ -152,9 +150,11 @@ void pack_of(const T* weight, int64_t rows, int64_t width, Kind kind, uint32_t* 
     const auto at = [&](int64_t k) { return column + k / each * kPanel * 4 + k % each * size; };
     if (kind == Kind::kInt8) {
       int64_t total = 0;
-      scales[row] = quantize(x, width, [&](int64_t k, int32_t value) {
-        *at(k) = static_cast<uint8_t>(value);
-        total += value;
+      scales[row] = quantize(x, width, [&](int64_t first, I32 values, int count) {
+        for (int i = 0; i < count; ++i) {
+          *at(first + i) = static_cast<uint8_t>(values[i]);
+          total += values[i];
+        }
       });
       offsets[row] = static_cast<int32_t>(total * 128);
     } else {
@@ -164,6 +164,16 @@ void pack_of(const T* weight, int64_t rows, int64_t width, Kind kind, uint32_t* 
 }
 
 }  // namespace
+
+int64_t linear_chunks_across(const LinearArguments& a) { return ceil_div(ceil_div(a.width, kPanel), panels_per_chunk(a)); }
+
+void linear_chunk(Type type, const LinearArguments& a, int64_t first_row, int64_t rows, int64_t chunk) {
+  switch (type) {
+    case Type::kFloat32: return chunk_of<float>(a, first_row, rows, chunk);
+    case Type::kBfloat16: return chunk_of<Bf16>(a, first_row, rows, chunk);
+    default: return chunk_of<F16>(a, first_row, rows, chunk);
+  }
+}
 
 void pack(Type type, const void* weight, int64_t rows, int64_t width, Kind kind, uint32_t* out, float* scales, int32_t* offsets) {
   switch (type) {

@@ -6,8 +6,11 @@
 #pragma once
 
 #include "program.h"
+#include "tile.h"
 
 namespace ferrum {
+
+inline constexpr int64_t kLinearRows = 20 * kMaxRows;
 
 // What the granules hold, as the Python side numbers them.
 enum class Kind : int64_t { kFloat32, kBfloat16, kFloat16, kInt8 };
@@ -38,6 +41,11 @@ struct LinearArguments {
   const int32_t* offsets;  // [panels * 32]: what the 128 added to each byte of x comes to, for int8
   Kind kind;
 };
+
+// A part of what `rows` rows from `first_row` on make, `type` being that of out: for each kLinearRows of them, or fewer, there are
+// so many chunks across the width.
+int64_t linear_chunks_across(const LinearArguments& a);
+void linear_chunk(Type type, const LinearArguments& a, int64_t first_row, int64_t rows, int64_t chunk);
 
 // The weights [rows, width] of `type` as panels; for int8 they are scaled by row, and the scales and offsets written.
 void pack(Type type, const void* weight, int64_t rows, int64_t width, Kind kind, uint32_t* out, float* scales, int32_t* offsets);

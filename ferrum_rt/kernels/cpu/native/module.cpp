@@ -4,6 +4,7 @@
 #include "linear.h"
 #include "pool.h"
 #include "simd.h"
+#include "tile.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -42,12 +43,28 @@ void pack_weight(int64_t type, int64_t weight, int64_t rows, int64_t width, int6
 
 int64_t lanes() { return kLanes; }
 
+tvm::ffi::String instruction_set() {
+#if defined(FERRUM_AMX)
+  if (amx_is_allowed()) return "amx, and avx512 with bf16 and vnni";
+#endif
+#if defined(FERRUM_AVX512) && defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+  return "avx512 with bf16 and vnni";
+#elif defined(FERRUM_AVX512)
+  return "avx512";
+#elif defined(FERRUM_AVX2)
+  return "avx2";
+#else
+  return "portable";
+#endif
+}
+
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(open_pool, open_pool);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(close_pool, close_pool);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(want_large_pages, want_large_pages);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(run, run);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_weight, pack_weight);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(lanes, lanes);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(instruction_set, instruction_set);
 
 }  // namespace
 }  // namespace ferrum

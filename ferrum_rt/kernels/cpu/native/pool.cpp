@@ -9,6 +9,7 @@ namespace {
 
 // About 20 us: longer than most waits within a step, shorter than what it costs to keep a core from another process.
 constexpr int kSpins = 2000;
+constexpr int32_t kUnknown = -1;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -22,16 +23,27 @@ inline void pause() {
 
 const Kernel& kernel_of(Op op) {
   static const Kernel* const kernels[] = {
-      &kPrepareKernel, &kLinearKernel, &kAppendKernel, &kPlanKernel, &kAttentionKernel};
+      &kPrepareKernel, &kLinearKernel,
+      &kGatherKernel, &kRmsNormKernel, &kQkNormRopeKernel, &kGatedActivationKernel, &kSoftCapKernel, &kArgmaxKernel,
+      &kAppendKernel, &kPlanKernel, &kAttentionKernel,
+      &kRouteKernel, &kGroupKernel, &kExpertsLinearKernel, &kCombineKernel,
+  };
   static_assert(sizeof(kernels) / sizeof(*kernels) == static_cast<size_t>(Op::kCount));
   return *kernels[static_cast<int64_t>(op)];
 }
 
 Pool::Pool(int num_threads) {
-  for (int i = 1; i < num_threads; ++i) helpers_.emplace_back([this] { help(); });
+  try {
+    for (int i = 1; i < num_threads; ++i) helpers_.emplace_back([this] { help(); });
+  } catch (...) {
+    close();
+    throw;
+  }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { close(); }
+
+void Pool::close() {
   is_closing_.store(true);
   epoch_.fetch_add(1);
   epoch_.notify_all();
@@ -39,22 +51,34 @@ Pool::~Pool() {
 }
 
 void Pool::run(const Instruction* program, int64_t length, const Sizes& sizes) {
-  if (length > capacity_) {
-    progress_ = std::make_unique<Progress[]>(length);
-    capacity_ = length;
+  if (length >= capacity_) {
+    progress_ = std::make_unique<Progress[]>(length + 1);
+    capacity_ = length + 1;
   }
-  for (int64_t i = 0; i < length; ++i) {
+  for (int64_t i = 0; i <= length; ++i) {
     progress_[i].claimed.store(0, std::memory_order_relaxed);
     progress_[i].done.store(0, std::memory_order_relaxed);
+    progress_[i].count.store(kUnknown, std::memory_order_relaxed);
   }
   step_ = {program, length, sizes};
+  open(0);
+  placement_.keep_apart(helpers_);
   visitors_.fetch_and(~1, std::memory_order_release);
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();
   work();
   // Nobody enters any more; those inside have nothing left to do, but must be out before the step's memory changes.
-  visitors_.fetch_or(1);
-  wait_until(visitors_, 1);
+  for (int32_t found = visitors_.fetch_or(1) | 1; found != 1; found = visitors_.load(std::memory_order_acquire))
+    wait_while(visitors_, found);
+}
+
+void Pool::open(int64_t i) {
+  for (int32_t count = 0; count == 0; ++i) {
+    const bool is_end = i == step_.length;
+    count = is_end ? 1 : static_cast<int32_t>(kernel_of(step_.program[i].op).count(step_.program[i], step_.sizes));
+    progress_[i].count.store(count, std::memory_order_release);
+    progress_[i].count.notify_all();
+  }
 }
 
 void Pool::work() {
@@ -62,12 +86,12 @@ void Pool::work() {
     const Instruction& instruction = step_.program[i];
     const Kernel& kernel = kernel_of(instruction.op);
     Progress& progress = progress_[i];
-    const auto count = static_cast<int32_t>(kernel.count(instruction, step_.sizes));
+    const int32_t count = progress.count.load(std::memory_order_acquire);
     for (int64_t chunk; (chunk = progress.claimed.fetch_add(1, std::memory_order_relaxed)) < count;) {
       kernel.run(instruction, step_.sizes, chunk);
-      if (progress.done.fetch_add(1, std::memory_order_acq_rel) + 1 == count) progress.done.notify_all();
+      if (progress.done.fetch_add(1, std::memory_order_acq_rel) + 1 == count) open(i + 1);
     }
-    wait_until(progress.done, count);
+    wait_while(progress_[i + 1].count, kUnknown);
   }
 }
 
@@ -81,12 +105,12 @@ void Pool::help() {
   }
 }
 
-void Pool::wait_until(const std::atomic<int32_t>& value, int32_t wanted) {
+void Pool::wait_while(const std::atomic<int32_t>& value, int32_t unwanted) {
   for (int spins = 0; spins < kSpins; ++spins) {
-    if (value.load(std::memory_order_acquire) == wanted) return;
+    if (value.load(std::memory_order_acquire) != unwanted) return;
     pause();
   }
-  for (int32_t found; (found = value.load(std::memory_order_acquire)) != wanted;) value.wait(found, std::memory_order_acquire);
+  while (value.load(std::memory_order_acquire) == unwanted) value.wait(unwanted, std::memory_order_acquire);
 }
 
 }  // namespace ferrum

@@ -8,23 +8,27 @@
 #include <thread>
 #include <vector>
 
+#include "placement.h"
 #include "program.h"
 
 namespace ferrum {
 
 class Pool {
  public:
-  // `num_threads` includes the one that calls run().
+  // `num_threads` includes the one that calls run(). Throws std::system_error if the system does not give that many.
   explicit Pool(int num_threads);
   ~Pool();
 
-  // One call at a time.
+  // One call at a time, from any thread.
   void run(const Instruction* program, int64_t length, const Sizes& sizes);
 
  private:
+  // Of an instruction. Its number of chunks is found once, by the thread that ended the one before: it may depend on what that
+  // one wrote, and a thread that comes late would find what later ones have written over it.
   struct alignas(64) Progress {
     std::atomic<int64_t> claimed;
     std::atomic<int32_t> done;
+    std::atomic<int32_t> count;
   };
   struct Step {
     const Instruction* program;
@@ -32,9 +36,11 @@ class Pool {
     Sizes sizes;
   };
 
+  void close();
+  void open(int64_t i);  // finds how many chunks an instruction has, and the next one too as long as it is none
   void work();
   void help();
-  static void wait_until(const std::atomic<int32_t>& value, int32_t wanted);
+  static void wait_while(const std::atomic<int32_t>& value, int32_t unwanted);
 
   Step step_{};
   std::unique_ptr<Progress[]> progress_;
@@ -44,6 +50,7 @@ class Pool {
   alignas(64) std::atomic<int32_t> epoch_{0};
   std::atomic<bool> is_closing_{false};
   std::vector<std::thread> helpers_;
+  Placement placement_;
 };
 
 }  // namespace ferrum

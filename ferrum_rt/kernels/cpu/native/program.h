@@ -6,11 +6,28 @@
 namespace ferrum {
 
 // As the Python side numbers them (program.py).
-enum class Op : int64_t { kPrepare, kLinear, kAppend, kPlan, kAttention, kCount };
+enum class Op : int64_t {
+  kPrepare,
+  kLinear,
+  kGather,
+  kRmsNorm,
+  kQkNormRope,
+  kGatedActivation,
+  kSoftCap,
+  kArgmax,
+  kAppend,
+  kPlan,
+  kAttention,
+  kRoute,
+  kGroup,
+  kExpertsLinear,
+  kCombine,
+  kCount
+};
 
 enum class Type : int64_t { kFloat32, kBfloat16, kFloat16, kFp8, kInt8 };  // the last two of pages only
 
-// Sizes that are a batch's, wherever an instruction has one of these for a number of rows.
+// Sizes that are a batch's, wherever an instruction has one of these for a number of rows; four less is twice as many, and so on.
 constexpr int64_t kTokens = -1;
 constexpr int64_t kSampled = -2;
 constexpr int64_t kSpans = -3;
@@ -19,7 +36,9 @@ struct Sizes {
   int64_t tokens, sampled, spans;
 
   int64_t operator()(int64_t size) const {
-    return size == kTokens ? tokens : size == kSampled ? sampled : size == kSpans ? spans : size;
+    if (size >= 0) return size;
+    const int64_t times = (3 - size) / 4, name = size + 4 * (times - 1);
+    return times * (name == kTokens ? tokens : name == kSampled ? sampled : spans);
   }
 };
 
@@ -48,7 +67,9 @@ struct Kernel {
 };
 
 extern const Kernel kPrepareKernel, kLinearKernel;
+extern const Kernel kGatherKernel, kRmsNormKernel, kQkNormRopeKernel, kGatedActivationKernel, kSoftCapKernel, kArgmaxKernel;
 extern const Kernel kAppendKernel, kPlanKernel, kAttentionKernel;
+extern const Kernel kRouteKernel, kGroupKernel, kExpertsLinearKernel, kCombineKernel;
 
 const Kernel& kernel_of(Op op);
 

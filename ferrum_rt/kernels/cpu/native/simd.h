@@ -102,7 +102,7 @@ inline U8 narrow_to_bytes(U32 x) {
 }
 
 inline F32 choose(I32 condition, F32 yes, F32 no) {
-  return bits<F32>((bits<I32>(yes) & condition) | (bits<I32>(no) & ~condition));
+  return condition ? yes : no;
 }
 
 // a * b + c; rounded once where the machine can. (Left to themselves compilers would fuse some of our products and not others:
@@ -330,14 +330,29 @@ inline void store(Bf16* to, F32 x, int count = kLanes) {
 
 inline F32 load(const F16* from, int count = kLanes) {
 #if defined(FERRUM_AVX512)
-  if (count == kLanes) return bits<F32>(_mm512_cvtph_ps(load_raw<__m256i>(from)));
+  if (count == kLanes) return bits<F32>(_mm512_maskz_cvtph_ps(0xFFFF, load_raw<__m256i>(from)));
 #elif defined(FERRUM_AVX2)
   if (count == kLanes) return bits<F32>(_mm256_cvtph_ps(load_raw<__m128i>(from)));
 #endif
   return load_halves(from, count);
 }
 
-inline void store(F16* to, F32 x, int count = kLanes) { store_halves(to, round_to_f16(x), count); }
+inline void store(F16* to, F32 x, int count = kLanes) {
+#if defined(FERRUM_AVX512)
+  if (count == kLanes) {
+    auto raw = _mm512_maskz_cvtps_ph(0xFFFF, bits<__m512>(x), _MM_FROUND_TO_NEAREST_INT);
+    std::memcpy(to, &raw, sizeof(raw));
+    return;
+  }
+#elif defined(FERRUM_AVX2)
+  if (count == kLanes) {
+    auto raw = _mm256_cvtps_ph(bits<__m256>(x), _MM_FROUND_TO_NEAREST_INT);
+    std::memcpy(to, &raw, sizeof(raw));
+    return;
+  }
+#endif
+  store_halves(to, round_to_f16(x), count);
+}
 
 inline F32 load(const Fp8* from, int count = kLanes) {
   U8 raw = count == kLanes ? load_raw<U8>(from) : load_raw<U8>(from, count);

@@ -108,9 +108,20 @@ Tile<Dot> tile_of(int rows, std::integer_sequence<int, kRows...>) {
   return tiles[rows - 1];
 }
 
+}  // namespace ferrum
+
+#include "amx.h"
+
+namespace ferrum {
+
 // For 1 to kMaxRows rows.
 template <class Dot>
 Tile<Dot> tile_of(int rows) {
+#if defined(FERRUM_AMX)
+  if constexpr (kHasAmx<Dot>) {
+    if (amx_is_allowed()) return amx_tile_of<Dot>(rows, std::make_integer_sequence<int, kMaxRows>{});
+  }
+#endif
   return tile_of<Dot>(rows, std::make_integer_sequence<int, kMaxRows>{});
 }
 

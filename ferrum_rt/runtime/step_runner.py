@@ -1,0 +1,100 @@
+"""The model's part of a step on the CPU: call by call, or as a program that was recorded when the model was loaded."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ferrum_rt.interfaces.types import TokenId
+from ferrum_rt.kernels.batch import KvPages
+from ferrum_rt.kernels.cpu import CpuOps, NativeOps
+from ferrum_rt.kernels.cpu.program import BatchSizes, Program, Rows
+from ferrum_rt.kernels.sampling import argmax
+from ferrum_rt.runtime.host_inputs import HostInputs
+from ferrum_rt.runtime.models.decoder import Decoder
+
+
+class StepLogits(NamedTuple):
+    """``best`` is the likeliest token of each sampled row, None for one without a finite maximum; ``rows`` are the logits
+    [num_slots, vocabulary], of which the first len(best) are this step's. Valid until the next step."""
+
+    best: Sequence[TokenId | None]
+    rows: Tensor
+
+
+class StepRunner(Protocol):
+    """Runs the decoder on what stands in its HostInputs."""
+
+    def run(self, between: Callable[[Tensor], None] | None = None) -> StepLogits:
+        """``between`` is called with the hidden states [N, hidden] before the logits are; it may use the decoder."""
+        ...
+
+
+class EagerRunner:
+    """Call by call, for ops in torch."""
+
+    def __init__(self, decoder: Decoder, cache: list[KvPages], inputs: HostInputs) -> None:
+        self._decoder, self._cache, self._inputs = decoder, cache, inputs
+
+    def run(self, between: Callable[[Tensor], None] | None = None) -> StepLogits:
+        batch = self._inputs.batch()
+        hidden = self._decoder.forward(batch, self._decoder.plan_attention(batch), self._cache)
+        if between is not None:
+            between(hidden)
+        logits = self._decoder.logits(hidden, batch.logit_rows)
+        highest, ids = argmax(logits) if len(logits) else (logits.new_zeros(0), batch.logit_rows)
+        return StepLogits(_sound(ids.tolist(), highest.isfinite().tolist()), logits)
+
+
+class RecordedRunner:
+    """One native call a step, two where somebody looks in between."""
+
+    def __init__(self, decoder: Decoder, ops: NativeOps, cache: list[KvPages], inputs: HostInputs) -> None:
+        self._ops, self._inputs = ops, inputs
+        self._addressed = decoder, cache  # the program knows their memory only by its addresses
+        batch = inputs.largest_batch()
+        max_tokens, num_rows = len(batch.token_ids), len(batch.logit_rows)
+        self._highest, self._ids = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.int64)
+        self._highest_values, self._id_values = self._highest.numpy(), self._ids.numpy()
+        made: list[Tensor] = []
+
+        def forward() -> None:
+            self._plan = decoder.plan_attention(batch)
+            made.append(decoder.forward(batch, self._plan, cache))
+
+        def logits() -> None:
+            made.append(decoder.logits(made[0], batch.logit_rows))
+            ops.argmax(self._highest, self._ids, made[1])
+
+        layers = ops.record(Rows.TOKENS, max_tokens, forward)
+        last = ops.record(Rows.SAMPLED, num_rows, logits)
+        self._hidden, self._logits = made
+        self._span_values = self._plan.spans.numpy()
+        self._whole, self._layers, self._last = Program([*layers, *last]), Program(layers), Program(last)
+
+    def run(self, between: Callable[[Tensor], None] | None = None) -> StepLogits:
+        inputs = self._inputs
+        sizes = BatchSizes(inputs.num_tokens, inputs.num_sampled, len(inputs.spans))
+        self._span_values[: sizes.spans] = inputs.spans
+        if between is None:
+            self._ops.run(self._whole, sizes)
+        else:
+            self._ops.run(self._layers, sizes)
+            between(self._hidden[: sizes.tokens])
+            self._ops.run(self._last, sizes)
+        found = self._id_values[: sizes.sampled].tolist()
+        is_sound = np.isfinite(self._highest_values[: sizes.sampled]).tolist()
+        return StepLogits(_sound(found, is_sound), self._logits)
+
+
+def build_runner(decoder: Decoder, ops: CpuOps, cache: list[KvPages], inputs: HostInputs) -> StepRunner:
+    """The fastest that the ops allow."""
+    if isinstance(ops, NativeOps):
+        return RecordedRunner(decoder, ops, cache, inputs)
+    return EagerRunner(decoder, cache, inputs)
+
+
+def _sound(ids: list[TokenId], is_sound: list[bool]) -> list[TokenId | None]:
+    return [token if sound else None for token, sound in zip(ids, is_sound, strict=True)]
