@@ -31,6 +31,7 @@ class Model:
     def __init__(self, directory: Path, ops: CpuOps, dtype: torch.dtype, *, is_recorded: bool) -> None:
         spec = parse_config(read_json(directory / "config.json", ModelError))
         weights = load_weights(spec, CheckpointReader(directory, "cpu"), ops, dtype, 64, lambda *_: None)
+        self.is_moe = spec.moe is not None
         self.decoder = Decoder(spec, weights, ops, dtype, MAX_TOKENS, NUM_SLOTS)
         self.ops = ops
         num_tokens = NUM_SLOTS * PAGES_PER_SLOT * BLOCK_SIZE
@@ -100,7 +101,8 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_recorded_step_is_the_decoder_call_by_call(directory: Path, dtype: torch.dtype) -> None:
     """For each family, in steps of every mixture, the recorded program's logits are those of the same kernels called one by
-    one, to the bit, whether or not somebody looks at the hidden states in between; and torch's, nearly."""
+    one, to the bit, whether or not somebody looks at the hidden states in between; and nearly torch's (but where experts are
+    chosen by bfloat16 logits, which are equal too often)."""
     kernels = load_kernels()
     if kernels is None:
         pytest.skip("needs a C++ compiler")
@@ -116,6 +118,8 @@ def test_a_recorded_step_is_the_decoder_call_by_call(directory: Path, dtype: tor
             assert torch.equal(hidden, same_hidden)
             assert torch.equal(ours.rows, same.rows)
             assert list(ours.best) == list(same.best)
+            if recorded.is_moe and dtype == torch.bfloat16:
+                continue
             wanted, _ = oracle.run(step)
             # The next step's tokens are ours: the oracle may choose others where two are nearly equal.
             oracle.inputs.keep(lay_out(step.batch).sampled_slots, ours.best)
