@@ -73,25 +73,30 @@ struct DotInt8 {
 
 // -- a tile: some rows by some columns of a panel --------------------------------------------------------------------------
 
-// Lines of weights to fetch while computing: each step of the inner loop asks for `lines` of them.
+// Memory to fetch while computing: `lines` cache lines for every kStride granules.
 struct Ahead {
   const char* from;
   int lines;
 };
+inline constexpr int kStride = 16;
 
 template <class Dot, int kRows>
 void tile(const uint32_t* x, int64_t x_stride, const uint32_t* weight, int64_t granules, Ahead ahead,
           typename Dot::Accumulator (&sums)[kMaxRows][kVectors]) {
   typename Dot::Accumulator local[kRows][kVectors]{};
-  for (int64_t k = 0; k < granules; ++k) {
-    U32 w[kVectors];
-    for (int v = 0; v < kVectors; ++v) w[v] = load_raw<U32>(weight + k * kPanel + v * kLanes);
-    for (int line = 0; line < ahead.lines; ++line) __builtin_prefetch(ahead.from + (k * ahead.lines + line) * 64, 0, 2);
+  for (int64_t begin = 0; begin < granules; begin += kStride) {
+    for (int line = 0; line < ahead.lines; ++line) __builtin_prefetch(ahead.from + line * 64, 0, 2);
+    ahead.from += ahead.lines * 64;
+    const int64_t end = begin + kStride < granules ? begin + kStride : granules;
+    for (int64_t k = begin; k < end; ++k) {
+      U32 w[kVectors];
+      for (int v = 0; v < kVectors; ++v) w[v] = load_raw<U32>(weight + k * kPanel + v * kLanes);
 #pragma GCC unroll 16
-    for (int row = 0; row < kRows; ++row) {
-      const uint32_t value = x[row * x_stride + k];
+      for (int row = 0; row < kRows; ++row) {
+        const uint32_t value = x[row * x_stride + k];
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) local[row][v] = Dot::add(local[row][v], value, w[v]);
+        for (int v = 0; v < kVectors; ++v) local[row][v] = Dot::add(local[row][v], value, w[v]);
+      }
     }
   }
   for (int row = 0; row < kRows; ++row)
