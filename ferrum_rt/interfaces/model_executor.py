@@ -31,13 +31,16 @@ class DecodeInput(msgspec.Struct, gc=False):
 
 
 class UnifiedBatch(msgspec.Struct):
-    """What one step computes: decodes and prefill chunks together, a sequence at most once."""
+    """What one step computes: decodes and prefill chunks together, a sequence at most once. Where they are greedy decodes
+    alone they may go ``num_rounds`` times, each time at the next position and with the token just sampled."""
 
     decodes: list[DecodeInput]
     prefills: list[PrefillInput]
+    num_rounds: int = 1
 
     @property
     def num_tokens(self) -> int:
+        """Of each round."""
         return len(self.decodes) + sum(len(item.token_ids) for item in self.prefills)
 
     def __bool__(self) -> bool:
@@ -90,9 +93,10 @@ class StepInput(msgspec.Struct):
 
 
 class DecodeOutput(msgspec.Struct, gc=False):
-    """The token sampled after a decode."""
+    """The token sampled after a decode, and those of ``later`` rounds."""
 
     sampled: SampledToken
+    later: Sequence[SampledToken] = ()
 
 
 class PrefillOutput(msgspec.Struct, gc=False):
@@ -113,13 +117,14 @@ class StepOutput(msgspec.Struct):
 class ModelExecutor(Protocol):
     """Runs steps in the order it is given them, all on one thread. The order is what makes it safe to give a page to
     somebody else while the step that last wrote it has not run yet. ``num_host_pages`` pages of the host's memory are there
-    to swap pages to, each of ``page_bytes`` over all layers."""
+    to swap pages to, each of ``page_bytes`` over all layers. Decodes can go up to ``max_rounds`` times in a step."""
 
     model_info: ModelInfo
     num_slots: int
     num_pages: int
     num_host_pages: int
     page_bytes: int
+    max_rounds: int
 
     def execute(self, step: StepInput) -> Future[StepOutput]:
         """Run one step: to its end, or until a device has all it needs for it and the next may be given. Raises, at once or

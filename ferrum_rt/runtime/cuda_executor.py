@@ -100,6 +100,7 @@ class CudaExecutor:
         self.num_slots = num_slots
         self.num_pages = num_pages
         self.num_host_pages = 0  # a preempted sequence is computed again
+        self.max_rounds = 1  # steps are launched ahead
         self.page_bytes = memory_of(0, cache).kv_cache // (num_pages + 1)
         self._decoder, self._ops, self._sampler, self._cache = decoder, ops, sampler, cache
         self._device, self._draw = device, draw

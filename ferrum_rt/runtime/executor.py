@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ferrum_rt.interfaces.model_executor import PageSwap, StepInput, StepOutput
+from ferrum_rt.interfaces.model_executor import DecodeOutput, PageSwap, StepInput, StepOutput
 from ferrum_rt.interfaces.sampler import SampledToken, Sampler, SamplingContext, TokenScores
 from ferrum_rt.interfaces.types import MemoryUsage, ModelInfo, TokenId
 from ferrum_rt.kernels.batch import KvPages
@@ -14,8 +14,8 @@ from ferrum_rt.kernels.cpu import CpuOps
 from ferrum_rt.runtime.host_inputs import HostInputs
 from ferrum_rt.runtime.models.decoder import Decoder
 from ferrum_rt.runtime.sampler import not_numbers
-from ferrum_rt.runtime.step_rows import lay_out, memory_of, outputs_of, page_rows, parts_of, prompt_scores
-from ferrum_rt.runtime.step_runner import StepRunner
+from ferrum_rt.runtime.step_rows import StepRows, lay_out, memory_of, outputs_of, page_rows, parts_of, prompt_scores
+from ferrum_rt.runtime.step_runner import MAX_ROUNDS, StepRunner
 from ferrum_rt.runtime.worker import finished
 
 
@@ -42,6 +42,7 @@ class DecoderExecutor:
         self.num_slots = num_slots
         self.num_pages = num_pages
         self.num_host_pages = num_host_pages
+        self.max_rounds = MAX_ROUNDS
         self.page_bytes = memory_of(0, cache).kv_cache // num_pages
         self._host_pages = [
             torch.empty((num_host_pages * block_size, *part.shape[1:]), dtype=part.dtype) for part in parts_of(cache)
@@ -60,6 +61,8 @@ class DecoderExecutor:
     def _run(self, step: StepInput) -> StepOutput:
         self._take_over(step)
         rows = lay_out(step.batch)
+        if step.batch.num_rounds > 1:
+            return self._run_rounds(rows, step.batch.num_rounds)
         others = [row for row, slot in enumerate(rows.sampled_slots) if not self._is_greedy[slot]]
         context = SamplingContext(
             slots=[rows.sampled_slots[row] for row in others], positions=[rows.sampled_positions[row] for row in others]
@@ -84,6 +87,13 @@ class DecoderExecutor:
                 tokens[row] = token
         self._inputs.keep(rows.sampled_slots, [item.token_id for item in tokens])
         return outputs_of(step.batch, tokens, scores)
+
+    def _run_rounds(self, rows: StepRows, num_rounds: int) -> StepOutput:
+        self._inputs.fill(rows)
+        rounds = self._runner.run_rounds(num_rounds)
+        self._inputs.keep(rows.sampled_slots, rounds[-1])
+        tokens = [[_sampled(token) for token in found] for found in zip(*rounds, strict=True)]
+        return StepOutput([DecodeOutput(first, later) for first, *later in tokens], [])
 
     def close(self) -> None:
         self._sampler.close()

@@ -46,6 +46,16 @@ class HostInputs:
         self._kv_slots[: self.num_tokens] = self._tables[slots, positions // size] * size + positions % size
         self._logit_rows[: self.num_sampled] = rows.logit_rows
 
+    def advance(self, tokens: Sequence[TokenId | None]) -> None:
+        """After a round of decodes that has sampled these tokens: the next one's rows."""
+        count, size = self.num_tokens, self._block_size
+        self.spans = [span._replace(start=span.start + 1) for span in self.spans]
+        slots = np.array([span.slot for span in self.spans], dtype=np.int64)
+        positions = self._positions[:count]
+        positions += 1
+        self._tokens[:count] = [token or 0 for token in tokens]
+        self._kv_slots[:count] = self._tables[slots, positions // size] * size + positions % size
+
     def keep(self, slots: Sequence[int], tokens: Sequence[TokenId | None]) -> None:
         """The tokens that the slots sampled last."""
         self._last_tokens[list(slots)] = [token or 0 for token in tokens]

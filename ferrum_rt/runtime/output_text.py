@@ -84,18 +84,19 @@ class OutputText:
         logprobs: list[TokenLogprobs] = []
         # The token that ends a text is not part of it, unless asked for.
         is_silent = reason in (FinishReason.EOS, FinishReason.STOP) and not self._params.include_stop
+        last, token_ids = len(update.token_ids) - 1, update.token_ids
         for number, token_id in enumerate(update.token_ids):
             self.num_tokens += 1
             if self._offsets is None:
                 continue
             if update.scores:
                 logprobs.append(self._offsets.describe(token_id, update.scores[number]))
-            if is_silent:
+            if is_silent and number == last:
                 continue
             text, stopped = self._watch(self._offsets.push(token_id))
             texts.append(text)
             if stopped:
-                reason = FinishReason.STOP
+                reason, token_ids = FinishReason.STOP, token_ids[: number + 1]
                 break
         else:
             if reason is not None and self._offsets is not None:
@@ -108,7 +109,7 @@ class OutputText:
             request_id=self._request.id,
             index=self._index,
             text=text,
-            token_ids=update.token_ids,
+            token_ids=token_ids,
             logprobs=logprobs if self._params.logprobs is not None else None,
             finish_reason=reason,
             usage=self._usage(update.num_cached_tokens) if reason else None,

@@ -32,6 +32,11 @@ class Pace:
         wanted = self.costs.tokens_within(self.config.itl_target_s, decodes)
         return min(room, max(self.config.min_prefill_tokens, wanted))
 
+    def num_rounds(self, work: StepWork, seconds: float) -> int:
+        """How many rounds of this work fit in so many seconds, at least 1; 1 as long as it is not known what it takes."""
+        round_s = self.costs.predict(work) if self.costs.is_fitted else 0.0
+        return max(1, int(seconds / round_s)) if round_s > 0 else 1
+
     def soonest(self, num_prompt: int) -> float:
         """Seconds that a prompt takes when it has the engine for itself."""
         return self.costs.predict(StepWork(num_prompt, 1, num_prompt))

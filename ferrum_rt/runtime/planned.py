@@ -29,12 +29,13 @@ class Entry:
 
 
 class PlannedStep(NamedTuple):
-    """Its entries stand in the order of the batch."""
+    """Its entries stand in the order of the batch. ``work`` is that of each of its rounds."""
 
     batch_id: BatchId
     entries: list[Entry]
     work: StepWork
-    num_swaps: int = 0
+    num_swaps: int
+    num_rounds: int
 
 
 def work_of(entries: list[Entry], beside: StepWork = StepWork(0, 0, 0)) -> StepWork:  # noqa: B008 - it is frozen

@@ -139,6 +139,7 @@ class Runtime:
             config=config.scheduler,
             num_host_pages=executor.num_host_pages,
             page_bytes=executor.page_bytes,
+            max_rounds=executor.max_rounds,
         )
         self._admission = AdmissionPolicy(config.scheduler, self._retry_after)
         self._preparation = Preparation(

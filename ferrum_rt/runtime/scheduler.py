@@ -61,10 +61,12 @@ from ferrum_rt.runtime.trials import Trials
 from ferrum_rt.runtime.waiting import WaitingQueue
 
 _MAX_EVICTIONS = 4  # in a step, for the sake of those who wait
+_ROUNDS_S = 0.008  # a new request waits for so long, and a host may be busy for so long without holding anything up
 
 
 class UnifiedScheduler:
-    """The Scheduler. ``sessions`` are for callers to end and to fork; ``num_host_pages`` of ``page_bytes`` to swap to."""
+    """The Scheduler. ``sessions`` are for callers to end and to fork; ``num_host_pages`` of ``page_bytes`` to swap to. The
+    executor can let decodes go ``max_rounds`` times in a step; that is to take no longer than ``rounds_s`` seconds."""
 
     def __init__(
         self,
@@ -76,12 +78,15 @@ class UnifiedScheduler:
         config: SchedulerConfig = SchedulerConfig(),  # noqa: B008 - it is frozen
         num_host_pages: int = 0,
         page_bytes: int = 0,
+        max_rounds: int = 1,
+        rounds_s: float = _ROUNDS_S,
     ) -> None:
         self._cache = cache
         self._pace = Pace(config)
         self._clients = Clients(config)
         self._num_pages = num_pages
         self._max_model_len = max_model_len
+        self._max_rounds, self._rounds_s = max_rounds, rounds_s
         self._residents = Residents(cache, self._clients, num_slots=num_slots, num_pages=num_pages)
         self.swapping = Swapping(cache, self._pace.costs, num_pages=num_host_pages, page_bytes=page_bytes)
         self.sessions = Sessions(cache, self.swapping, self._clients, config, num_pages=num_pages)
@@ -237,10 +242,12 @@ class UnifiedScheduler:
             return None
         self._num_batches += 1
         batch_id = BatchId(self._num_batches)
+        work = work_of(entries[num_decodes:], beside=decodes)
+        if num_decodes == len(entries):
+            self._plan_rounds(step, entries, work)
         self.swapping.carry_out(step)
         num_swaps = len(step.swapped_out) + len(step.swapped_in)
-        work = work_of(entries[num_decodes:], beside=decodes)
-        self._in_flight.append(PlannedStep(batch_id, entries, work, num_swaps))
+        self._in_flight.append(PlannedStep(batch_id, entries, work, num_swaps, step.batch.num_rounds))
         return BatchPlan(batch_id=batch_id, step=step)
 
     def commit(self, plan: BatchPlan, output: StepOutput, step_s: float | None = None) -> list[SequenceUpdate]:
@@ -252,24 +259,19 @@ class UnifiedScheduler:
         if step_s is not None and planned.num_swaps:
             self.swapping.observe(planned.num_swaps, planned.work, step_s)
         elif step_s is not None:
-            self._pace.observe(planned.work, step_s)
-        updates = []
+            self._pace.observe(planned.work, step_s / planned.num_rounds)
+        updates: list[SequenceUpdate] = []
         served: Counter[tuple[Priority, ClientId]] = Counter()
         for entry, item in zip(planned.entries, outputs, strict=True):
-            sequence, sampled = entry.sequence, item.sampled
             if entry.is_lost:
-                continue  # cancelled, or it ended one step ago: this token is the one that was computed ahead
-            if sampled is not None and sampled.error is not None:
-                updates.append(self._fail(sequence.request, sampled.error))
-                continue
-            if sequence.handle is entry.handle:  # not preempted since
-                self._cache.publish(entry.handle, sequence.tokens, entry.end)
-            prompt_scores = self._take_scores(entry, item) if isinstance(item, PrefillOutput) else ()
-            if entry.samples and sampled is not None and sampled.token_id is not None:
-                served[sequence.priority, sequence.request.client_id] += 1
-                updates.append(self._append(sequence, sampled.token_id, sampled, prompt_scores))
-            elif prompt_scores:
-                updates.append(_update(sequence, prompt_scores=prompt_scores))
+                continue  # cancelled, or it ended one step ago: what was computed ahead is dropped
+            update, error = self._take(entry, item)
+            if update.token_ids:
+                served[entry.sequence.priority, entry.sequence.request.client_id] += len(update.token_ids)
+            if update.token_ids or update.prompt_scores:
+                updates.append(update)
+            if error is not None:
+                updates.append(self._fail(entry.sequence.request, error))
         if self._roster.sequences:  # else nobody is owed anything
             for (priority, client_id), count in served.items():
                 self._waiting.serve(priority, client_id, num_outputs=count)
@@ -308,7 +310,7 @@ class UnifiedScheduler:
         for sequence in list(self._residents.running):
             if sequence.state is not SequenceState.RUNNING:
                 continue  # preempted for a more urgent one, earlier in this loop
-            if not sequence.is_decoding or sequence.is_fully_planned:
+            if not sequence.is_decoding or not sequence.num_unplanned:
                 continue
             handle = self._make_room(sequence, step)
             if handle is None or sequence.slot is None:
@@ -318,6 +320,24 @@ class UnifiedScheduler:
             sequence.num_planned = position + 1
             sequence.num_pending += 1
             entries.append(Entry(sequence, handle, position, position + 1, True, sequence.num_retries))
+
+    def _plan_rounds(self, step: StepInput, entries: list[Entry], work: StepWork) -> None:
+        """Greedy decodes that nobody waits behind go on for some rounds, if there are pages for all. To the host that is one
+        step, so a small model is not held up by it."""
+        if self._max_rounds == 1 or self._waiting or not all(entry.sequence.is_greedy for entry in entries):
+            return
+        wanted = min(self._max_rounds, self._pace.num_rounds(work, self._rounds_s))
+        rounds = min(wanted, *(1 + entry.sequence.num_unplanned for entry in entries))
+        if rounds == 1:
+            return
+        for entry in entries:
+            if not self._grow(entry.sequence, entry.handle, entry.end + rounds - 1, step):
+                return
+        for entry in entries:
+            entry.end += rounds - 1
+            entry.sequence.num_planned = entry.end
+            entry.sequence.num_pending += rounds - 1
+        step.batch.num_rounds = rounds
 
     def _plan_prompts(self, step: StepInput, entries: list[Entry], budget: int, *, may_admit: bool) -> None:
         """Chunks of prompts that were begun, and of new ones, in the order of their standing."""
@@ -389,15 +409,20 @@ class UnifiedScheduler:
     def _make_room(self, sequence: Sequence, step: StepInput) -> KvCacheHandle | None:
         """A page for the sequence's next token, preempting the least urgent; None if that was the sequence itself."""
         while (handle := sequence.handle) is not None:
-            pages = handle.table.pages
-            known = len(pages)
-            if self._residents.grow(sequence, handle, sequence.num_planned + 1):
-                if len(pages) > known and sequence.slot is not None:
-                    step.appended.append(PageAppend(sequence.slot, known, pages[known]))
+            if self._grow(sequence, handle, sequence.num_planned + 1, step):
                 return handle
             if not self._roster.preempt_parked():
                 self._roster.preempt(self._residents.running[-1])
         return None
+
+    def _grow(self, sequence: Sequence, handle: KvCacheHandle, num_tokens: int, step: StepInput) -> bool:
+        """Pages for so many tokens; False if too few are free."""
+        pages, known, slot = handle.table.pages, len(handle.table.pages), sequence.slot
+        assert slot is not None  # it has pages, so it has a slot
+        if not self._residents.grow(sequence, handle, num_tokens):
+            return False
+        step.appended += [PageAppend(slot, index, page) for index, page in enumerate(pages[known:], start=known)]
+        return True
 
     # -- bookkeeping --------------------------------------------------------------------------------------------------
 
@@ -429,22 +454,34 @@ class UnifiedScheduler:
         sequence.num_scored += len(fresh)
         return fresh
 
-    def _append(
-        self, sequence: Sequence, token_id: TokenId, sampled: SampledToken, prompt_scores: Items[TokenScores]
-    ) -> SequenceUpdate:
+    def _take(self, entry: Entry, item: DecodeOutput | PrefillOutput) -> tuple[SequenceUpdate, FerrumError | None]:
+        """What a step brought one sequence, until an end or an error."""
+        sequence, update = entry.sequence, _update(entry.sequence)
+        rounds: list[SampledToken | None] = [item.sampled]
+        if isinstance(item, DecodeOutput):
+            rounds += item.later
+        for end, sampled in enumerate(rounds, start=entry.end - len(rounds) + 1):
+            if sampled is not None and sampled.error is not None:
+                return update, sampled.error
+            if sequence.handle is entry.handle:  # not preempted since
+                self._cache.publish(entry.handle, sequence.tokens, end)
+            if isinstance(item, PrefillOutput):
+                update.prompt_scores = self._take_scores(entry, item)
+            if entry.samples and sampled is not None and sampled.token_id is not None:
+                self._append(sequence, sampled.token_id, sampled, update)
+            if update.finish_reason is not None:
+                break
+        return update, None
+
+    def _append(self, sequence: Sequence, token_id: TokenId, sampled: SampledToken, update: SequenceUpdate) -> None:
         sequence.num_pending -= 1
         sequence.tokens.append(token_id)
         sequence.mirostat_mu = sampled.mirostat_mu
         self._generated_tokens += 1
         request = sequence.request
-        update = SequenceUpdate(
-            request_id=request.request_id,
-            index=sequence.index,
-            token_ids=[token_id],
-            scores=() if sampled.scores is None else (sampled.scores,),
-            prompt_scores=prompt_scores,
-            num_cached_tokens=sequence.num_cached_tokens,
-        )
+        update.token_ids.append(token_id)
+        if sampled.scores is not None:
+            update.scores = (*update.scores, sampled.scores)
         if token_id in request.stop_token_ids:
             update.finish_reason = FinishReason.STOP
         elif token_id in request.eos_token_ids:
@@ -454,7 +491,6 @@ class UnifiedScheduler:
         if update.finish_reason is not None:
             self._pace.ended(sequence.num_outputs)
             self._roster.finish(sequence, ends_well=True)
-        return update
 
     def _fail(self, request: SequenceRequest, error: FerrumError) -> SequenceUpdate:
         """End a request with all its samples."""
@@ -466,17 +502,11 @@ class UnifiedScheduler:
         return SequenceUpdate(request_id=request.request_id, token_ids=[], error=error)
 
 
-def _update(
-    sequence: Sequence,
-    *,
-    prompt_scores: Items[TokenScores] = (),
-    finish_reason: FinishReason | None = None,
-) -> SequenceUpdate:
+def _update(sequence: Sequence, finish_reason: FinishReason | None = None) -> SequenceUpdate:
     return SequenceUpdate(
         request_id=sequence.request.request_id,
         index=sequence.index,
         token_ids=[],
-        prompt_scores=prompt_scores,
         finish_reason=finish_reason,
         num_cached_tokens=sequence.num_cached_tokens,
     )

@@ -24,7 +24,7 @@ class SequenceState(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """``tokens`` are all that are known. Beyond them, ``num_pending`` (0 or 1) has been sampled by a step that is not
+    """``tokens`` are all that are known. Beyond them, ``num_pending`` are sampled by steps that are not
     committed yet. ``num_planned`` tokens have their K/V written once every planned step has run. ``prefill_length`` tokens
     were known when it got its slot, and so must be sent to the executor; it samples the later ones itself. Of the prompt,
     ``num_scored`` tokens after the first have been scored. ``priority`` is the request's, or a higher one for which it has
@@ -36,6 +36,7 @@ class Sequence:
     index: int = 0
     tokens: list[TokenId] = field(init=False)
     priority: Priority = field(init=False)
+    is_greedy: bool = field(init=False)
     state: SequenceState = SequenceState.WAITING
     slot: int | None = None
     handle: KvCacheHandle | None = None
@@ -51,6 +52,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = list(self.request.token_ids)
         self.priority = self.request.priority
+        self.is_greedy = self.request.sampling.is_greedy
 
     @property
     def urgency(self) -> tuple[int, int]:
@@ -87,9 +89,10 @@ class Sequence:
         return len(self.tokens) - len(self.request.token_ids)
 
     @property
-    def is_fully_planned(self) -> bool:
-        """Its last token is being sampled already; a further step would be thrown away."""
-        return self.num_outputs + self.num_pending >= self.request.max_tokens
+    def num_unplanned(self) -> int:
+        """Tokens that it may still get, beside those that are being sampled; for one of 0 a further step would be thrown
+        away."""
+        return self.request.max_tokens - self.num_outputs - self.num_pending
 
     @property
     def is_decoding(self) -> bool:

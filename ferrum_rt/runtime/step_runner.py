@@ -10,10 +10,13 @@ from torch import Tensor
 from ferrum_rt.interfaces.types import TokenId
 from ferrum_rt.kernels.batch import KvPages
 from ferrum_rt.kernels.cpu import CpuOps, NativeOps
+from ferrum_rt.kernels.cpu.ops import Rounds
 from ferrum_rt.kernels.cpu.program import BatchSizes, Program, Rows
 from ferrum_rt.kernels.sampling import argmax
 from ferrum_rt.runtime.host_inputs import HostInputs
 from ferrum_rt.runtime.models.decoder import Decoder
+
+MAX_ROUNDS = 32
 
 
 class StepLogits(NamedTuple):
@@ -31,6 +34,11 @@ class StepRunner(Protocol):
         """``between`` is called with the hidden states [N, hidden] before the logits are; it may use the decoder."""
         ...
 
+    def run_rounds(self, num_rounds: int) -> Sequence[Sequence[TokenId | None]]:
+        """Decodes alone, up to MAX_ROUNDS times, each with the token that the one before has found likeliest: these tokens,
+        by round."""
+        ...
+
 
 class EagerRunner:
     """Call by call, for ops in torch."""
@@ -46,6 +54,13 @@ class EagerRunner:
         logits = self._decoder.logits(hidden, batch.logit_rows)
         highest, ids = argmax(logits) if len(logits) else (logits.new_zeros(0), batch.logit_rows)
         return StepLogits(_sound(ids.tolist(), highest.isfinite().tolist()), logits)
+
+    def run_rounds(self, num_rounds: int) -> Sequence[Sequence[TokenId | None]]:
+        rounds = [self.run().best]
+        while len(rounds) < num_rounds:
+            self._inputs.advance(rounds[-1])
+            rounds.append(self.run().best)
+        return rounds
 
 
 class RecordedRunner:
@@ -68,16 +83,26 @@ class RecordedRunner:
             made.append(decoder.logits(made[0], batch.logit_rows))
             ops.argmax(self._highest, self._ids, made[1])
 
+        self._found = Rounds(
+            torch.empty((MAX_ROUNDS, num_rows), dtype=torch.int64),
+            torch.empty((MAX_ROUNDS, num_rows)),
+            torch.zeros(1, dtype=torch.int64),
+        )
+        self._found_ids, self._found_highest, self._round = (part.numpy() for part in self._found)
+
+        def advance() -> None:
+            ops.advance(batch, self._plan, self._found, self._highest, self._ids)
+
         layers = ops.record(Rows.TOKENS, max_tokens, forward)
         last = ops.record(Rows.SAMPLED, num_rows, logits)
+        one_round = [*layers, *last, *ops.record(Rows.SAMPLED, num_rows, advance)]
+        self._rounds, self._round_length = Program(one_round * MAX_ROUNDS), len(one_round)
         self._hidden, self._logits = made
         self._span_values = self._plan.spans.numpy()
         self._whole, self._layers, self._last = Program([*layers, *last]), Program(layers), Program(last)
 
     def run(self, between: Callable[[Tensor], None] | None = None) -> StepLogits:
-        inputs = self._inputs
-        sizes = BatchSizes(inputs.num_tokens, inputs.num_sampled, len(inputs.spans))
-        self._span_values[: sizes.spans] = inputs.spans
+        sizes = self._begin()
         if between is None:
             self._ops.run(self._whole, sizes)
         else:
@@ -87,6 +112,19 @@ class RecordedRunner:
         found = self._id_values[: sizes.sampled].tolist()
         is_sound = np.isfinite(self._highest_values[: sizes.sampled]).tolist()
         return StepLogits(_sound(found, is_sound), self._logits)
+
+    def run_rounds(self, num_rounds: int) -> Sequence[Sequence[TokenId | None]]:
+        sizes = self._begin()
+        self._round[0] = 0
+        self._ops.run(self._rounds, sizes, num_rounds * self._round_length)
+        ids = self._found_ids[:num_rounds, : sizes.sampled].tolist()
+        is_sound = np.isfinite(self._found_highest[:num_rounds, : sizes.sampled]).tolist()
+        return [_sound(*pair) for pair in zip(ids, is_sound, strict=True)]
+
+    def _begin(self) -> BatchSizes:
+        inputs = self._inputs
+        self._span_values[: len(inputs.spans)] = inputs.spans
+        return BatchSizes(inputs.num_tokens, inputs.num_sampled, len(inputs.spans))
 
 
 def build_runner(decoder: Decoder, ops: CpuOps, cache: list[KvPages], inputs: HostInputs) -> StepRunner:

@@ -65,6 +65,7 @@ class FakeExecutor:
         nan_requests: set[RequestId] | None = None,
         on_step: Callable[[int, StepInput], None] | None = None,
         clock: str | None = None,
+        max_rounds: int = 1,
     ) -> None:
         self.num_slots = config.scheduler.max_running_requests
         self.num_steps = 0
@@ -78,6 +79,7 @@ class FakeExecutor:
         wanted_len = config.model.max_model_len or MAX_MODEL_LEN
         self.num_pages = config.kv_cache.num_pages or self.num_slots * -(-wanted_len // block_size)
         self.page_bytes = 1
+        self.max_rounds = max_rounds
         self.num_host_pages = config.memory.swap_bytes or 0
         self._memory = DigestMemory(self.num_slots, self.num_pages, block_size, answer)
         self.model_info = ModelInfo(

@@ -69,7 +69,14 @@ class PagedMemory:
             self._memory[copied.target * size : (copied.target + 1) * size] = content
         slots = [item.slot for item in step.batch.decodes] + [item.slot for item in step.batch.prefills]
         assert len(slots) == len(set(slots)), "a sequence stands twice in one batch"
-        decodes = [DecodeOutput(self._decode(item.slot, item.position)) for item in step.batch.decodes]
+        rounds = step.batch.num_rounds
+        assert rounds == 1 or not step.batch.prefills, "prefills go in one round"
+        decodes = []
+        for item in step.batch.decodes:
+            places = range(item.position, item.position + rounds)
+            first, *later = [self._decode(item.slot, position) for position in places]
+            assert not later or self._slots[item.slot].assigned.sampling.is_greedy
+            decodes.append(DecodeOutput(first, later))
         return StepOutput(decodes, [self._prefill(item) for item in step.batch.prefills])
 
     def _decode(self, number: int, position: int) -> SampledToken:

@@ -1,14 +1,13 @@
 """Schedulers and pools with a bug, each as somebody might write it, for the simulation to find."""
 
 from collections.abc import Container
-from collections.abc import Sequence as Items
 from itertools import count
 from typing import Any
 
 from ferrum_rt.interfaces.errors import FerrumError
 from ferrum_rt.interfaces.kv_cache import KvCacheFork, KvCacheHandle
 from ferrum_rt.interfaces.model_executor import StepInput
-from ferrum_rt.interfaces.sampler import SampledToken, TokenScores
+from ferrum_rt.interfaces.sampler import SampledToken
 from ferrum_rt.interfaces.scheduler import BatchHint, BatchPlan, SequenceRequest, SequenceUpdate
 from ferrum_rt.interfaces.types import ClientId, RequestId, TokenId
 from ferrum_rt.runtime.pages import PagedKvCache
@@ -84,14 +83,11 @@ class LeakedParked(WithParts):
 class SwallowedToken(UnifiedScheduler):
     """The token that was under way when its sequence was preempted is not passed on."""
 
-    def _append(
-        self, sequence: Sequence, token_id: TokenId, sampled: SampledToken, prompt_scores: Items[TokenScores]
-    ) -> SequenceUpdate:
+    def _append(self, sequence: Sequence, token_id: TokenId, sampled: SampledToken, update: SequenceUpdate) -> None:
         was_preempted = sequence.handle is None
-        update = super()._append(sequence, token_id, sampled, prompt_scores)
+        super()._append(sequence, token_id, sampled, update)
         if was_preempted:
-            update.token_ids = []
-        return update
+            update.token_ids.clear()
 
 
 class UnchainedDigests(PagedKvCache):

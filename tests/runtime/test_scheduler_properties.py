@@ -18,6 +18,8 @@ from tests.fakes.memory import PagedMemory, next_token, score
 NUM_PAGES, BLOCK_SIZE, NUM_SLOTS, MAX_LEN, BUDGET = 12, 4, 4, 40, 9
 EOS = TokenId(7)
 
+STEP_S = 0.001
+
 Output = tuple[RequestId, int]
 
 
@@ -27,7 +29,9 @@ class Schedule:
     def __init__(self, choices: bytes) -> None:
         self._choices = deque(choices)
         self.cache = PagedKvCache(NUM_PAGES, BLOCK_SIZE)
-        self.scheduler = UnifiedScheduler(self.cache, num_pages=NUM_PAGES, num_slots=NUM_SLOTS, max_model_len=MAX_LEN)
+        self.scheduler = UnifiedScheduler(
+            self.cache, num_pages=NUM_PAGES, num_slots=NUM_SLOTS, max_model_len=MAX_LEN, max_rounds=3
+        )
         self.memory = PagedMemory(NUM_PAGES, BLOCK_SIZE)
         self.requests: dict[RequestId, SequenceRequest] = {}
         self.outputs: dict[Output, list[TokenId]] = {}
@@ -137,7 +141,7 @@ class Schedule:
             self.in_flight.append((plan, self.launch(plan.step)))
         if len(self.in_flight) > (plan is not None):
             done, output = self.in_flight.popleft()
-            for update in self.scheduler.commit(done, output()):
+            for update in self.scheduler.commit(done, output(), STEP_S):
                 self.take(update)
         self.cache.verify()
 

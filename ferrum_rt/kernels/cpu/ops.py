@@ -58,6 +58,14 @@ class _Recording(NamedTuple):
     instructions: list[bytes]
 
 
+class Rounds(NamedTuple):
+    """What rounds of decodes have found, ``ids`` and ``values`` [rounds, rows], and how many there were: ``round`` [1]."""
+
+    ids: Tensor
+    values: Tensor
+    round: Tensor
+
+
 class NativeOps(ReferenceOps):
     """``num_threads`` of a pool of its own, which ``close`` ends; the thread that calls is one of them."""
 
@@ -84,9 +92,9 @@ class NativeOps(ReferenceOps):
         finally:
             self._recording = None
 
-    def run(self, program: Program, sizes: BatchSizes) -> None:
-        """One native call, without the GIL."""
-        self._kernels.run(self._pool, program.address, program.length, *sizes)
+    def run(self, program: Program, sizes: BatchSizes, length: int | None = None) -> None:
+        """One native call, without the GIL, of the first ``length`` instructions."""
+        self._kernels.run(self._pool, program.address, program.length if length is None else length, *sizes)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A matrix has rows an odd number of cache lines apart: a power of two would make them fall on each other in the
@@ -183,6 +191,16 @@ class NativeOps(ReferenceOps):
         self._emit(
             Op.ARGMAX, logits.dtype, len(logits), values.data_ptr(), ids.data_ptr(), logits.data_ptr(), logits.stride(0),
             logits.shape[1],
+        )  # fmt: skip
+
+    def advance(self, batch: TokenBatch, plan: AttentionPlan, found: Rounds, values: Tensor, ids: Tensor) -> None:
+        """A round of decodes is over, for which ``argmax`` has written ``values`` and ``ids``: put them aside, and make the
+        batch that of the next round."""
+        self._emit(
+            Op.ADVANCE, torch.float32, len(ids), batch.token_ids.data_ptr(), batch.positions.data_ptr(),
+            batch.kv_slots.data_ptr(), plan.spans.data_ptr(), batch.block_tables.data_ptr(), batch.block_tables.stride(0),
+            batch.block_size, ids.data_ptr(), values.data_ptr(), found.ids.data_ptr(), found.values.data_ptr(),
+            found.ids.stride(0), found.round.data_ptr(),
         )  # fmt: skip
 
     def plan_attention(self, batch: TokenBatch, kinds: Sequence[AttentionKind]) -> AttentionPlan:

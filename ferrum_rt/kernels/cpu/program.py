@@ -30,6 +30,7 @@ class Op(enum.IntEnum):
     GROUP = 12
     EXPERTS_LINEAR = 13
     COMBINE = 14
+    ADVANCE = 15
 
 
 class Kind(enum.IntEnum):

@@ -94,7 +94,7 @@ class Checker:
             raise Violation(Invariant.STEP, f"{batch.num_tokens} tokens are planned, where 1 to {self._max_tokens} may be")
         for assigned in step.assigned:
             self._owners[assigned.slot] = assigned.request_id
-        parts = [(item.slot, 1) for item in batch.decodes]
+        parts = [(item.slot, batch.num_rounds) for item in batch.decodes]
         parts += [(item.slot, len(item.token_ids)) for item in batch.prefills]
         rows = []
         for slot, num_tokens in parts:

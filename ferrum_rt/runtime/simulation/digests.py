@@ -83,7 +83,13 @@ class DigestMemory:
             raise WrongStep(f"a slot is in the batch twice: {used}")
         for prefill in batch.prefills:  # before anything is written: what a step computes, itself it cannot hit
             self._begin(prefill)
-        decodes = [DecodeOutput(self._decode(item.slot, item.position, nan, damaged)) for item in batch.decodes]
+        if batch.num_rounds > 1 and batch.prefills:
+            raise WrongStep("prefills do not go in rounds")
+        decodes = []
+        for item in batch.decodes:
+            places = range(item.position, item.position + batch.num_rounds)
+            first, *later = [self._decode(item.slot, position, nan, damaged) for position in places]
+            decodes.append(DecodeOutput(first, later))
         return StepOutput(decodes, [PrefillOutput(self._prefill(item, nan, damaged)) for item in batch.prefills])
 
     def take_over(self, step: StepInput) -> None:

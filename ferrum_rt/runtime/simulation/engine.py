@@ -31,7 +31,8 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
             tokens += length
             context += prefill.start + length
         sequences = len(batch.decodes) + len(batch.prefills)
-        return self.base_s + self.token_s * tokens + self.sequence_s * sequences + self.context_s * context
+        round_s = self.base_s + self.token_s * tokens + self.sequence_s * sequences + self.context_s * context
+        return round_s * batch.num_rounds
 
 
 class World(Protocol):

@@ -89,6 +89,7 @@ class Scenario:
     prefix_caching: bool
     num_host_pages: int
     page_bytes: int
+    max_rounds: int
     num_requests: int
     activity: float
     rates: dict[Fault, float]
@@ -116,6 +117,7 @@ class Scenario:
             prefix_caching=rng.random() < 0.9,
             num_host_pages=rng.choice((0, least // 2, least, 2 * least, 4 * least)),
             page_bytes=rng.choice((1, 1, 10**7)),
+            max_rounds=rng.choice((1, 2, 5)),
             num_requests=rng.randint(10, 60),
             activity=rng.choice((0.1, 0.3, 0.5)),
             rates={fault: rng.choice(_RATES) * _FREQUENCIES.get(fault, 1) for fault in Fault},
@@ -175,6 +177,8 @@ def _live(
         config=scenario.policies,
         num_host_pages=scenario.num_host_pages,
         page_bytes=scenario.page_bytes,
+        max_rounds=scenario.max_rounds,
+        rounds_s=10 * COSTS.base_s,
     )
     if promises.max_lead is not None:
         promises = msgspec.structs.replace(promises, max_lead=scenario.max_lead)

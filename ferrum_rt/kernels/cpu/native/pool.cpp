@@ -26,7 +26,7 @@ const Kernel& kernel_of(Op op) {
       &kPrepareKernel, &kLinearKernel,
       &kGatherKernel, &kRmsNormKernel, &kQkNormRopeKernel, &kGatedActivationKernel, &kSoftCapKernel, &kArgmaxKernel,
       &kAppendKernel, &kPlanKernel, &kAttentionKernel,
-      &kRouteKernel, &kGroupKernel, &kExpertsLinearKernel, &kCombineKernel,
+      &kRouteKernel, &kGroupKernel, &kExpertsLinearKernel, &kCombineKernel, &kAdvanceKernel,
   };
   static_assert(sizeof(kernels) / sizeof(*kernels) == static_cast<size_t>(Op::kCount));
   return *kernels[static_cast<int64_t>(op)];

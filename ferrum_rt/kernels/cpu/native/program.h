@@ -22,6 +22,7 @@ enum class Op : int64_t {
   kGroup,
   kExpertsLinear,
   kCombine,
+  kAdvance,
   kCount
 };
 
@@ -70,6 +71,7 @@ extern const Kernel kPrepareKernel, kLinearKernel;
 extern const Kernel kGatherKernel, kRmsNormKernel, kQkNormRopeKernel, kGatedActivationKernel, kSoftCapKernel, kArgmaxKernel;
 extern const Kernel kAppendKernel, kPlanKernel, kAttentionKernel;
 extern const Kernel kRouteKernel, kGroupKernel, kExpertsLinearKernel, kCombineKernel;
+extern const Kernel kAdvanceKernel;
 
 const Kernel& kernel_of(Op op);
 
