@@ -66,10 +66,12 @@ class SavedState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BatchHint(msgspec.Struct, frozen=True, kw_only=True):
-    """What the engine loop tells the scheduler about the coming step: the time, and a bound on its tokens."""
+    """What the engine loop tells the scheduler about the coming step: the time, a bound on its tokens, and how many seconds
+    rounds of decodes may take in it."""
 
     now: float
     max_tokens: int
+    rounds_s: float = 0.0
 
 
 class BatchPlan(msgspec.Struct, frozen=True, kw_only=True):

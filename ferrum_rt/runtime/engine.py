@@ -15,6 +15,11 @@ from ferrum_rt.interfaces.types import RequestId
 from ferrum_rt.runtime.worker import Job, Worker
 
 _RETRY_S = 0.01
+# Rounds of decodes in one step take about so many times as long as the loop takes to come back to us, within bounds: new
+# requests wait for them, and where they are too short a busy host leaves the executor without work.
+_TIMES_LATE = 8
+_LEAST_ROUNDS_S, _MOST_ROUNDS_S = 0.004, 0.02
+_FORGET = 0.95
 
 
 class EngineCounters(msgspec.Struct):
@@ -26,11 +31,12 @@ class EngineCounters(msgspec.Struct):
 
 
 class _Launched(msgspec.Struct):
-    """A step on its way; ``step_s`` is how long it took, once its job is done."""
+    """A step on its way; ``step_s`` is how long it took, and ``ended`` when that was, once its job is done."""
 
     plan: BatchPlan
     job: Job[StepOutput] | None = None
     step_s: float = 0.0
+    ended: float = 0.0
 
     @property
     def has_ended(self) -> bool:
@@ -58,6 +64,7 @@ class EngineLoop:
         self._on_start = on_start
         self._work = anyio.Event()
         self._last_end = 0.0
+        self._late_s = 0.0  # that the loop came back to a step that had ended: the most, of late
 
     def notify(self) -> None:
         """The scheduler has something new to look at."""
@@ -86,7 +93,9 @@ class EngineLoop:
 
     def _launch(self) -> _Launched | None:
         began = time.perf_counter()
-        plan = self._scheduler.plan(BatchHint(now=time.monotonic(), max_tokens=self._max_batched_tokens))
+        rounds_s = min(_MOST_ROUNDS_S, max(_LEAST_ROUNDS_S, _TIMES_LATE * self._late_s))
+        hint = BatchHint(now=time.monotonic(), max_tokens=self._max_batched_tokens, rounds_s=rounds_s)
+        plan = self._scheduler.plan(hint)
         if plan is None:
             return None
         launched = _Launched(plan)
@@ -105,7 +114,7 @@ class EngineLoop:
 
     def _count(self, launched: _Launched, began: float) -> None:
         """A step takes from where the one before it ended, if that was after its own beginning."""
-        now = time.perf_counter()
+        now = launched.ended = time.perf_counter()
         launched.step_s = now - max(began, self._last_end)
         self.counters.step_s += launched.step_s
         self._last_end = now
@@ -121,6 +130,7 @@ class EngineLoop:
             updates = self._scheduler.fail(launched.plan, failure)
         else:
             began = time.perf_counter()
+            self._late_s = max(began - launched.ended, _FORGET * self._late_s)
             updates = self._scheduler.commit(launched.plan, output, launched.step_s)
             self.counters.host_s += time.perf_counter() - began
         self.counters.steps += 1

@@ -61,12 +61,11 @@ from ferrum_rt.runtime.trials import Trials
 from ferrum_rt.runtime.waiting import WaitingQueue
 
 _MAX_EVICTIONS = 4  # in a step, for the sake of those who wait
-_ROUNDS_S = 0.008  # a new request waits for so long, and a host may be busy for so long without holding anything up
 
 
 class UnifiedScheduler:
     """The Scheduler. ``sessions`` are for callers to end and to fork; ``num_host_pages`` of ``page_bytes`` to swap to. The
-    executor can let decodes go ``max_rounds`` times in a step; that is to take no longer than ``rounds_s`` seconds."""
+    executor can let decodes go ``max_rounds`` times in a step."""
 
     def __init__(
         self,
@@ -79,14 +78,13 @@ class UnifiedScheduler:
         num_host_pages: int = 0,
         page_bytes: int = 0,
         max_rounds: int = 1,
-        rounds_s: float = _ROUNDS_S,
     ) -> None:
         self._cache = cache
         self._pace = Pace(config)
         self._clients = Clients(config)
         self._num_pages = num_pages
         self._max_model_len = max_model_len
-        self._max_rounds, self._rounds_s = max_rounds, rounds_s
+        self._max_rounds = max_rounds
         self._residents = Residents(cache, self._clients, num_slots=num_slots, num_pages=num_pages)
         self.swapping = Swapping(cache, self._pace.costs, num_pages=num_host_pages, page_bytes=page_bytes)
         self.sessions = Sessions(cache, self.swapping, self._clients, config, num_pages=num_pages)
@@ -244,7 +242,7 @@ class UnifiedScheduler:
         batch_id = BatchId(self._num_batches)
         work = work_of(entries[num_decodes:], beside=decodes)
         if num_decodes == len(entries):
-            self._plan_rounds(step, entries, work)
+            self._plan_rounds(step, entries, min(self._max_rounds, self._pace.num_rounds(work, hint.rounds_s)))
         self.swapping.carry_out(step)
         num_swaps = len(step.swapped_out) + len(step.swapped_in)
         self._in_flight.append(PlannedStep(batch_id, entries, work, num_swaps, step.batch.num_rounds))
@@ -321,12 +319,11 @@ class UnifiedScheduler:
             sequence.num_pending += 1
             entries.append(Entry(sequence, handle, position, position + 1, True, sequence.num_retries))
 
-    def _plan_rounds(self, step: StepInput, entries: list[Entry], work: StepWork) -> None:
+    def _plan_rounds(self, step: StepInput, entries: list[Entry], wanted: int) -> None:
         """Greedy decodes that nobody waits behind go on for some rounds, if there are pages for all. To the host that is one
         step, so a small model is not held up by it."""
-        if self._max_rounds == 1 or self._waiting or not all(entry.sequence.is_greedy for entry in entries):
+        if wanted == 1 or self._waiting or not all(entry.sequence.is_greedy for entry in entries):
             return
-        wanted = min(self._max_rounds, self._pace.num_rounds(work, self._rounds_s))
         rounds = min(wanted, *(1 + entry.sequence.num_unplanned for entry in entries))
         if rounds == 1:
             return

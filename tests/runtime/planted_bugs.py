@@ -4,6 +4,8 @@ from collections.abc import Container
 from itertools import count
 from typing import Any
 
+import msgspec
+
 from ferrum_rt.interfaces.errors import FerrumError
 from ferrum_rt.interfaces.kv_cache import KvCacheFork, KvCacheHandle
 from ferrum_rt.interfaces.model_executor import StepInput
@@ -130,7 +132,7 @@ class OverBudget(UnifiedScheduler):
     """A step has a token more than it may."""
 
     def plan(self, hint: BatchHint) -> BatchPlan | None:
-        return super().plan(BatchHint(now=hint.now, max_tokens=hint.max_tokens + 1))
+        return super().plan(msgspec.structs.replace(hint, max_tokens=hint.max_tokens + 1))
 
 
 class LongMemory(UnifiedScheduler):

@@ -135,7 +135,7 @@ class Schedule:
 
     def step(self) -> None:
         """As the engine loop does: launch the next step, then commit the one before."""
-        plan = self.scheduler.plan(BatchHint(now=0.0, max_tokens=BUDGET))
+        plan = self.scheduler.plan(BatchHint(now=0.0, max_tokens=BUDGET, rounds_s=1.0))
         if plan is not None:
             assert 0 < plan.step.batch.num_tokens <= BUDGET
             self.in_flight.append((plan, self.launch(plan.step)))

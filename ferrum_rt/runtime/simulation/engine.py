@@ -94,7 +94,7 @@ class SimulatedEngine:
         return True
 
     def _launch(self) -> _Launched | None:
-        plan = self._scheduler.plan(BatchHint(now=self.now, max_tokens=self._max_batched_tokens))
+        plan = self._scheduler.plan(BatchHint(now=self.now, max_tokens=self._max_batched_tokens, rounds_s=1.0))
         if plan is None:
             return None
         # Steps run in the order of their launch and touch nothing that others see, so this one may as well run now.

@@ -178,7 +178,6 @@ def _live(
         num_host_pages=scenario.num_host_pages,
         page_bytes=scenario.page_bytes,
         max_rounds=scenario.max_rounds,
-        rounds_s=10 * COSTS.base_s,
     )
     if promises.max_lead is not None:
         promises = msgspec.structs.replace(promises, max_lead=scenario.max_lead)
