@@ -91,6 +91,35 @@ def schedule(seed: int) -> list[StepInput]:
     return steps
 
 
+def test_rounds_are_steps_one_after_the_other(tmp_path: Path) -> None:
+    """Eight rounds give the tokens of eight steps, recorded and call by call, with sequences of different lengths and across
+    the ends of pages."""
+    kernels = load_kernels()
+    if kernels is None:
+        pytest.skip("needs a C++ compiler")
+    save_checkpoint("qwen3", tmp_path)
+    prompts = schedule(seed=3)
+    with torch.inference_mode():
+        ops = NativeOps(kernels, 2)
+        found = []
+        for is_recorded, num_rounds in ((True, 8), (True, 1), (False, 8)):
+            model = Model(tmp_path, ops, torch.float32, is_recorded=is_recorded)
+            for step in prompts:
+                best = model.run(step)[0].best
+            decodes = prompts[-1].batch.decodes
+            assert len(decodes) == NUM_SLOTS
+            rounds: list[list[TokenId | None]] = [list(best)]
+            for start in range(0, 8, num_rounds):
+                items = [DecodeInput(item.slot, item.position + 1 + start) for item in decodes]
+                model.inputs.fill(lay_out(UnifiedBatch(items, [])))
+                rounds += [list(tokens) for tokens in model.runner.run_rounds(num_rounds)]
+                model.inputs.keep([item.slot for item in decodes], rounds[-1])
+            found.append(rounds)
+        ops.close()
+    assert found[0] == found[1] == found[2]
+    assert len(found[0]) == 9
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp(request.param)
