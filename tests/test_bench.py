@@ -36,6 +36,15 @@ def test_cpu_linear() -> None:
 
 
 @pytest.mark.proof
+def test_cpu_host() -> None:
+    report = smoke("cpu_host")
+    assert [(row["steps"], row["batch"]) for row in report["results"]] == [
+        ("in rounds", 1), ("in rounds", 2), ("one by one", 1), ("one by one", 2),
+    ]  # fmt: skip
+    assert all(row["outside_us"]["median"] > 0 and row["native_us"]["median"] > 0 for row in report["results"])
+
+
+@pytest.mark.proof
 def test_host_overhead() -> None:
     report = smoke("host_overhead")
     rows = report["us_per_step"]
