@@ -1,7 +1,7 @@
 """What does a token cost outside the kernels?
 
 The demo model on the CPU, with 1, 4 and 16 requests at once: the wall time of each token's step that is not spent in the
-native call. That is everything that Python does: planning, laying out, handing over between threads, detokenizing, streaming.
+native call. That is all that Python does: planning, laying out, handing over between threads, detokenizing, streaming.
 Once as the engine does it, with several rounds of decodes in a step; once with a single round in each.
 
     python -m bench.cpu_host [--batch 1 4 16] [--tokens 256] [--repeats 7] [--threads N]
@@ -16,7 +16,7 @@ from unittest.mock import patch
 import anyio
 
 import ferrum_rt
-from bench._common import Spread, finish, limit_threads, machine, progress, spread, table
+from bench._common import Spread, finish, machine, progress, spread, table
 from ferrum_rt.kernels.cpu import NativeOps, load_kernels
 from ferrum_rt.kernels.cpu.program import BatchSizes, Program
 from ferrum_rt.runtime.step_runner import MAX_ROUNDS
@@ -92,7 +92,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    limit_threads(args.threads)
     if load_kernels() is None:
         raise SystemExit("there is no C++ compiler, so there is no native call to measure")
     facts = machine()
@@ -103,7 +102,7 @@ def main() -> None:
             outside, native = (spread(getattr(item, field) for item in taken) for field in Measured._fields)
             rows.append(Row(name, batch, outside, native))
     print(
-        f"Microseconds for each step of a token, goal {GOAL_US:.0f} at batch 1: median (low to high) of {args.repeats} repeats"
+        f"Microseconds for a step of a token, goal {GOAL_US:.0f} at batch 1; of {args.repeats} repeats median (low to high)"
     )
     lines = [[row.steps, row.batch, row.outside_us.show(), row.native_us.show()] for row in rows]
     print(table(["steps", "batch", "outside the kernels", "in them"], lines))
