@@ -57,7 +57,7 @@ class CudaSchedule(Schedule):
     """A third of the requests needs more than the graph's draw: it may not say ``BANNED``."""
 
     def __init__(self, choices: bytes, machine: Machine) -> None:
-        super().__init__(choices)
+        super().__init__(choices, max_rounds=1)
         self._machine = machine
 
     def sampling(self) -> SamplingConfig:

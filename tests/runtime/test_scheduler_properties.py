@@ -11,6 +11,7 @@ from ferrum_rt.interfaces.model_executor import StepInput, StepOutput
 from ferrum_rt.interfaces.sampler import SamplingConfig, TokenScores
 from ferrum_rt.interfaces.scheduler import BatchHint, BatchPlan, SequenceRequest, SequenceUpdate
 from ferrum_rt.interfaces.types import FinishReason, Mirostat, Priority, RequestId, TokenId
+from ferrum_rt.runtime.cost_model import StepWork
 from ferrum_rt.runtime.pages import PagedKvCache
 from ferrum_rt.runtime.scheduler import UnifiedScheduler
 from tests.fakes.memory import PagedMemory, next_token, score
@@ -26,12 +27,14 @@ Output = tuple[RequestId, int]
 class Schedule:
     """One random schedule: what was asked, and what has come back so far."""
 
-    def __init__(self, choices: bytes) -> None:
+    def __init__(self, choices: bytes, max_rounds: int = 3) -> None:
         self._choices = deque(choices)
         self.cache = PagedKvCache(NUM_PAGES, BLOCK_SIZE)
         self.scheduler = UnifiedScheduler(
-            self.cache, num_pages=NUM_PAGES, num_slots=NUM_SLOTS, max_model_len=MAX_LEN, max_rounds=3
+            self.cache, num_pages=NUM_PAGES, num_slots=NUM_SLOTS, max_model_len=MAX_LEN, max_rounds=max_rounds
         )
+        for number in range(32):  # it knows what a step takes, and so plans rounds
+            self.scheduler._pace.observe(StepWork(1 + number % 3, 1, number), STEP_S)
         self.memory = PagedMemory(NUM_PAGES, BLOCK_SIZE)
         self.requests: dict[RequestId, SequenceRequest] = {}
         self.outputs: dict[Output, list[TokenId]] = {}
@@ -94,7 +97,13 @@ class Schedule:
             self.outputs[request.request_id, index] = []
 
     def sampling(self) -> SamplingConfig:
-        return SamplingConfig(mirostat=Mirostat(), bad_words=((1,),) if self.choose(2) else ())
+        match self.choose(4):
+            case 0 | 1:
+                return SamplingConfig()  # may go in rounds
+            case 2:
+                return SamplingConfig(mirostat=Mirostat())
+            case _:
+                return SamplingConfig(mirostat=Mirostat(), bad_words=((1,),))
 
     def cancel(self) -> None:
         if self.live:
