@@ -3,6 +3,7 @@
 from collections.abc import Container
 from collections.abc import Sequence as Items
 
+from ferrum_rt.interfaces.errors import RequestValidationError
 from ferrum_rt.interfaces.kv_cache import AllocationRequest, KvCacheHandle
 from ferrum_rt.interfaces.model_executor import PageCopy, StepInput
 from ferrum_rt.runtime.pages import PagedKvCache
@@ -57,3 +58,20 @@ def claim_pages(
     if is_first:
         sequence.num_cached_tokens = handle.num_cached_tokens
     return handle
+
+
+def check_fits(cache: PagedKvCache, prompt: int, max_tokens: int, *, max_model_len: int, num_pages: int) -> None:
+    """Raises RequestValidationError, with the numbers, for a request that an engine of this size could never run."""
+    if prompt < 1:
+        raise RequestValidationError("prompt has no tokens")
+    if prompt + max_tokens > max_model_len:
+        raise RequestValidationError(
+            f"prompt ({prompt} tokens) + max_tokens ({max_tokens}) = {prompt + max_tokens} is more than the engine's "
+            f"max_model_len of {max_model_len}; shorten the prompt or lower max_tokens"
+        )
+    pages = cache.pages_for(prompt + max_tokens)
+    if pages > num_pages:
+        raise RequestValidationError(
+            f"prompt ({prompt} tokens) + max_tokens ({max_tokens}) need {pages} KV pages of {cache.block_size} "
+            f"tokens, and the engine has {num_pages}; raise kv_cache.num_pages or ask for less"
+        )

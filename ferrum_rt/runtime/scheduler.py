@@ -43,7 +43,7 @@ from ferrum_rt.interfaces.types import (
     SchedulerStats,
     TokenId,
 )
-from ferrum_rt.runtime.claims import claim_pages
+from ferrum_rt.runtime.claims import check_fits, claim_pages
 from ferrum_rt.runtime.clients import Clients
 from ferrum_rt.runtime.cost_model import StepWork
 from ferrum_rt.runtime.deadlines import Deadlines
@@ -104,7 +104,7 @@ class UnifiedScheduler:
         if request.request_id in self._roster.sequences:
             raise RequestValidationError(f"id: a request {request.request_id!r} is already under way")
         num_prompt = len(request.token_ids)
-        self._check_fits(num_prompt, request.max_tokens)
+        check_fits(self._cache, num_prompt, request.max_tokens, max_model_len=self._max_model_len, num_pages=self._num_pages)
         fault = self._clients.why_not_queue(request.client_id, num_prompt)
         if fault is not None:
             raise ResourceExhausted(fault, retry_after=self.estimated_wait_s())
@@ -422,21 +422,6 @@ class UnifiedScheduler:
         return True
 
     # -- bookkeeping --------------------------------------------------------------------------------------------------
-
-    def _check_fits(self, prompt: int, max_tokens: int) -> None:
-        if prompt < 1:
-            raise RequestValidationError("prompt has no tokens")
-        if prompt + max_tokens > self._max_model_len:
-            raise RequestValidationError(
-                f"prompt ({prompt} tokens) + max_tokens ({max_tokens}) = {prompt + max_tokens} is more than the engine's "
-                f"max_model_len of {self._max_model_len}; shorten the prompt or lower max_tokens"
-            )
-        pages = self._cache.pages_for(prompt + max_tokens)
-        if pages > self._num_pages:
-            raise RequestValidationError(
-                f"prompt ({prompt} tokens) + max_tokens ({max_tokens}) need {pages} KV pages of {self._cache.block_size} "
-                f"tokens, and the engine has {self._num_pages}; raise kv_cache.num_pages or ask for less"
-            )
 
     def _landed(self, plan: BatchPlan) -> PlannedStep:
         planned = self._in_flight.popleft()

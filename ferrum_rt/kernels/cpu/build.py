@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -130,17 +131,26 @@ def _command(compiler: str, target: tuple[str, ...]) -> list[str]:
 
 
 def _compile(command: list[str], library: Path) -> None:
-    """Aside, and moved into place, so that no other process loads half a library."""
-    sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+    """Each source beside the others, aside; then the library is moved into place, so that no other process loads half of
+    one."""
+    sources = sorted(SOURCES.glob("*.cpp"))
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch, ThreadPoolExecutor(os.cpu_count()) as threads:
+        objects = [str(Path(scratch) / f"{source.stem}.o") for source in sources]
+        commands = [[*command, "-c", str(source), "-o", made] for source, made in zip(sources, objects, strict=True)]
+        for _ in threads.map(_run, commands):
+            pass
         made = Path(scratch) / library.name
-        try:
-            subprocess.run([*command, *sources, "-o", str(made)], check=True, capture_output=True, timeout=_LIMIT_S)
-        except subprocess.CalledProcessError as error:
-            lines = error.stderr.decode(errors="replace").splitlines()
-            first = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
-            raise OSError(f"{command[0]} cannot compile them: {first}") from error
+        _run([*command, *objects, "-o", str(made)])
         made.replace(library)
+
+
+def _run(command: list[str]) -> None:
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=_LIMIT_S)
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode(errors="replace").splitlines()
+        first = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
+        raise OSError(f"{command[0]} cannot compile them: {first}") from error
 
 
 def find_compiler() -> str:
