@@ -88,9 +88,8 @@ class Bench:
                 pages.data.zero_()
         self._executor, self._batch, self._steps = executor, batch, steps
         self._forward_s = self._sampler_s = 0.0
-        decoder, sampler = executor._decoder, executor._sampler
-        decoder.forward = self._timed(decoder.forward, "_forward_s")  # type: ignore[method-assign]
-        decoder.logits = self._timed(decoder.logits, "_forward_s")  # type: ignore[method-assign]
+        runner, sampler = executor._runner, executor._sampler
+        runner.run = self._timed(runner.run, "_forward_s")  # type: ignore[method-assign]
         sampler.prepare = self._timed(sampler.prepare, "_sampler_s")  # type: ignore[method-assign]
         sampler.sample = self._timed(sampler.sample, "_sampler_s")  # type: ignore[method-assign]
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NATIVE = Path("ferrum_rt/kernels/cpu/native")
-READS_TOO_FAR = ("tile.h", "k < granules; ++k", "k <= granules; ++k")
+READS_TOO_FAR = ("tile.h", "begin + kStride : granules;", "begin + kStride : granules + 1;")
 OVERFLOWS = ("pool.cpp", "step_ = {program,", "volatile int largest = 0x7FFFFFFF; largest = largest + 1; step_ = {program,")
 RACES = ("pool.cpp", "done.fetch_add(1, std::memory_order_acq_rel)", "done.fetch_add(1, std::memory_order_relaxed)")
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ferrum_rt.kernels.batch import QuerySpan, TokenBatch, allocate_pages
-from ferrum_rt.kernels.cpu import NativeOps, build
+from ferrum_rt.kernels.cpu import NativeOps
 from ferrum_rt.kernels.cpu.attention import AttentionPlan
-from ferrum_rt.kernels.cpu.build import Kernels
 from ferrum_rt.kernels.cpu.program import BatchSizes, Program, Rows
 from ferrum_rt.kernels.reference import ReferenceOps
+from tests.kernels.targets import kernels_for
 from tests.kernels.test_attention import Case
 from tests.kernels.test_native_linear import needed_kernels
 
@@ -178,10 +177,10 @@ def test_a_recorded_plan_reads_each_batch_anew(ops: NativeOps) -> None:
 
 @pytest.mark.proof
 @pytest.mark.parametrize("flags", ["-march=x86-64-v4", "-march=x86-64-v3", "-march=x86-64"])
-def test_every_instruction_set_computes_the_same(tmp_path: Path, flags: str) -> None:
+def test_every_instruction_set_computes_the_same(flags: str) -> None:
     """Built for less than this machine has, down to the portable form, it is right as well."""
     needed_kernels()
-    opened = NativeOps(Kernels(build(tmp_path, (flags,))), 2)
+    opened = NativeOps(kernels_for(flags), 2)
     cases = [((4, 2), 16, None, None), ((9, 1), 33, 150, 2.0), ((4, 4), 80, 5, None)]
     try:
         for dtype in BOUNDS:

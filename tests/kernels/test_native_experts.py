@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ferrum_rt.kernels.cpu import NativeOps, build, load_kernels
+from ferrum_rt.kernels.cpu import NativeOps, load_kernels
 from ferrum_rt.kernels.cpu.build import Kernels
 from ferrum_rt.kernels.cpu.program import KINDS, BatchSizes, Kind, Program, Rows
+from tests.kernels.targets import kernels_for
 
 # Of the largest output: some roundings to the type, of numbers that may cancel each other.
 BOUNDS = {torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
@@ -210,10 +210,10 @@ def test_each_batch_size_has_its_name(ops: NativeOps) -> None:
 
 @pytest.mark.proof
 @pytest.mark.parametrize("flags", ["-march=x86-64-v4", "-march=x86-64-v3", "-march=x86-64"])
-def test_every_instruction_set_computes_the_same(tmp_path: Path, flags: str) -> None:
+def test_every_instruction_set_computes_the_same(flags: str) -> None:
     """Built for less than this machine has, down to the portable form, it is right as well."""
     needed_kernels()
-    opened = NativeOps(Kernels(build(tmp_path, (flags,))), 2)
+    opened = NativeOps(kernels_for(flags), 2)
     try:
         for dtype in BOUNDS:
             for is_int8 in (False, True):

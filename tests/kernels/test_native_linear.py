@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ferrum_rt.kernels.cpu import NativeOps, build, load_kernels
+from ferrum_rt.kernels.cpu import NativeOps, load_kernels
 from ferrum_rt.kernels.cpu.build import Kernels
 from ferrum_rt.kernels.cpu.program import Kind
 from ferrum_rt.kernels.reference import ReferenceOps
+from tests.kernels.targets import kernels_for
 
 # Of the largest output: one rounding to the type, and for float32 the order of adding up.
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -161,10 +162,10 @@ def test_a_cache_that_others_may_write_to_is_not_used(
 
 @pytest.mark.proof
 @pytest.mark.parametrize(("flags", "lanes"), [("-march=x86-64-v3", 8), ("-march=x86-64", 4), ("-march=x86-64-v4", 16)])
-def test_every_instruction_set_computes_the_same(tmp_path: Path, flags: str, lanes: int) -> None:
+def test_every_instruction_set_computes_the_same(flags: str, lanes: int) -> None:
     """Built for less than this machine has, down to the portable form, it is right as well."""
     needed_kernels()
-    kernels = Kernels(build(tmp_path, (flags,)))
+    kernels = kernels_for(flags)
     assert kernels.lanes == lanes
     opened = NativeOps(kernels, 2)
     try:

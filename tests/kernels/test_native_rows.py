@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ferrum_rt.kernels.cpu import NativeOps, build, load_kernels
+from ferrum_rt.kernels.cpu import NativeOps, load_kernels
 from ferrum_rt.kernels.cpu.build import Kernels
 from ferrum_rt.kernels.cpu.program import BatchSizes, Program, Rows
 from ferrum_rt.kernels.sampling import argmax
+from tests.kernels.targets import kernels_for
 
 # One rounding to the type; float32 is computed in itself.
 BOUNDS = {torch.float32: 4e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -322,10 +322,10 @@ def test_sampled_rows_are_recorded_apart(ops: NativeOps) -> None:
 
 @pytest.mark.proof
 @pytest.mark.parametrize("flags", ["-march=x86-64-v4", "-march=x86-64-v3", "-march=x86-64"])
-def test_every_instruction_set_computes_the_same(tmp_path: Path, flags: str) -> None:
+def test_every_instruction_set_computes_the_same(flags: str) -> None:
     """Built for less than this machine has, down to the portable form, it is right as well."""
     needed_kernels()
-    opened = NativeOps(Kernels(build(tmp_path, (flags,))), 2)
+    opened = NativeOps(kernels_for(flags), 2)
     try:
         for dtype in BOUNDS:
             for seed, (rows, width) in enumerate([(1, 64), (7, 33), (40, 300), (3, 5)]):
