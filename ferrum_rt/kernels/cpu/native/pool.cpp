@@ -32,9 +32,9 @@ const Kernel& kernel_of(Op op) {
   return *kernels[static_cast<int64_t>(op)];
 }
 
-Pool::Pool(int num_threads) {
+Pool::Pool(int num_threads) : num_threads_(num_threads) {
   try {
-    for (int i = 1; i < num_threads; ++i) helpers_.emplace_back([this] { help(); });
+    for (int i = 1; i < num_threads; ++i) helpers_.emplace_back([this, i] { help(i); });
   } catch (...) {
     close();
     throw;
@@ -53,20 +53,21 @@ void Pool::close() {
 void Pool::run(const Instruction* program, int64_t length, const Sizes& sizes) {
   if (length >= capacity_) {
     progress_ = std::make_unique<Progress[]>(length + 1);
+    claimed_ = std::make_unique<std::atomic<int32_t>[]>((length + 1) * num_threads_);
     capacity_ = length + 1;
   }
   for (int64_t i = 0; i <= length; ++i) {
-    progress_[i].claimed.store(0, std::memory_order_relaxed);
     progress_[i].done.store(0, std::memory_order_relaxed);
     progress_[i].count.store(kUnknown, std::memory_order_relaxed);
   }
+  for (int64_t i = 0; i < length * num_threads_; ++i) claimed_[i].store(0, std::memory_order_relaxed);
   step_ = {program, length, sizes};
   open(0);
   placement_.keep_apart(helpers_);
   visitors_.fetch_and(~1, std::memory_order_release);
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();
-  work();
+  work(0);
   // Nobody enters any more; those inside have nothing left to do, but must be out before the step's memory changes.
   for (int32_t found = visitors_.fetch_or(1) | 1; found != 1; found = visitors_.load(std::memory_order_acquire))
     wait_while(visitors_, found);
@@ -81,26 +82,31 @@ void Pool::open(int64_t i) {
   }
 }
 
-void Pool::work() {
+void Pool::work(int self) {
   for (int64_t i = 0; i < step_.length; ++i) {
     const Instruction& instruction = step_.program[i];
     const Kernel& kernel = kernel_of(instruction.op);
     Progress& progress = progress_[i];
-    const int32_t count = progress.count.load(std::memory_order_acquire);
-    for (int64_t chunk; (chunk = progress.claimed.fetch_add(1, std::memory_order_relaxed)) < count;) {
-      kernel.run(instruction, step_.sizes, chunk);
-      if (progress.done.fetch_add(1, std::memory_order_acq_rel) + 1 == count) open(i + 1);
+    const int64_t count = progress.count.load(std::memory_order_acquire);
+    for (int turn = 0; turn < num_threads_; ++turn) {
+      const int share = (self + turn) % num_threads_;
+      const int64_t first = count * share / num_threads_, end = count * (share + 1) / num_threads_;
+      auto& claimed = claimed_[i * num_threads_ + share];
+      for (int64_t chunk; (chunk = first + claimed.fetch_add(1, std::memory_order_relaxed)) < end;) {
+        kernel.run(instruction, step_.sizes, chunk);
+        if (progress.done.fetch_add(1, std::memory_order_acq_rel) + 1 == count) open(i + 1);
+      }
     }
     wait_while(progress_[i + 1].count, kUnknown);
   }
 }
 
-void Pool::help() {
+void Pool::help(int self) {
   for (int32_t seen = 0;;) {
     epoch_.wait(seen, std::memory_order_acquire);
     seen = epoch_.load(std::memory_order_acquire);
     if (is_closing_.load()) return;
-    if ((visitors_.fetch_add(2, std::memory_order_acq_rel) & 1) == 0) work();
+    if ((visitors_.fetch_add(2, std::memory_order_acq_rel) & 1) == 0) work(self);
     if (visitors_.fetch_sub(2, std::memory_order_acq_rel) == 3) visitors_.notify_all();
   }
 }

@@ -26,7 +26,6 @@ class Pool {
   // Of an instruction. Its number of chunks is found once, by the thread that ended the one before: it may depend on what that
   // one wrote, and a thread that comes late would find what later ones have written over it.
   struct alignas(64) Progress {
-    std::atomic<int64_t> claimed;
     std::atomic<int32_t> done;
     std::atomic<int32_t> count;
   };
@@ -38,12 +37,16 @@ class Pool {
 
   void close();
   void open(int64_t i);  // finds how many chunks an instruction has, and the next one too as long as it is none
-  void work();
-  void help();
+  void work(int self);
+  void help(int self);
   static void wait_while(const std::atomic<int32_t>& value, int32_t unwanted);
 
   Step step_{};
+  const int num_threads_;
   std::unique_ptr<Progress[]> progress_;
+  // How many chunks are taken of each thread's share of an instruction. A thread takes those of its own share first, one after
+  // the other, so that what it fetches ahead is its own; then those of the others.
+  std::unique_ptr<std::atomic<int32_t>[]> claimed_;
   int64_t capacity_ = 0;
   // The lowest bit: no step is open. Above it: how many helpers are in the step.
   alignas(64) std::atomic<int32_t> visitors_{1};
