@@ -13,9 +13,8 @@ from ferrum_rt.kernels.cpu import NativeOps
 from ferrum_rt.kernels.cpu.attention import AttentionPlan
 from ferrum_rt.kernels.cpu.program import BatchSizes, Program, Rows
 from ferrum_rt.kernels.reference import ReferenceOps
-from tests.kernels.targets import kernels_for
+from tests.kernels.targets import kernels_for, needed_kernels
 from tests.kernels.test_attention import Case
-from tests.kernels.test_native_linear import needed_kernels
 
 # Results are about 1. In float32 sums differ in their order; bfloat16 rounds weights and results (and keys and values that
 # lie in pages of a finer type), float16 the results.

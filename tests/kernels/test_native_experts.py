@@ -12,23 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ferrum_rt.kernels.cpu import NativeOps, load_kernels
-from ferrum_rt.kernels.cpu.build import Kernels
+from ferrum_rt.kernels.cpu import NativeOps
 from ferrum_rt.kernels.cpu.program import KINDS, BatchSizes, Kind, Program, Rows
-from tests.kernels.targets import kernels_for
+from tests.kernels.targets import kernels_for, needed_kernels
 
 # Of the largest output: some roundings to the type, of numbers that may cancel each other.
 BOUNDS = {torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
 BOUND_OF_BYTES = 4e-2
 every_dtype = pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 either_kind = pytest.mark.parametrize("is_int8", [False, True])
-
-
-def needed_kernels() -> Kernels:
-    kernels = load_kernels()
-    if kernels is None:
-        pytest.skip("needs a C++ compiler")
-    return kernels
 
 
 @pytest.fixture(scope="module")

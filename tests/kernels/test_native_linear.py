@@ -11,21 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ferrum_rt.kernels.cpu import NativeOps, load_kernels
-from ferrum_rt.kernels.cpu.build import Kernels
 from ferrum_rt.kernels.cpu.program import Kind
 from ferrum_rt.kernels.reference import ReferenceOps
-from tests.kernels.targets import kernels_for
+from tests.kernels.targets import kernels_for, needed_kernels
 
 # Of the largest output: one rounding to the type, and for float32 the order of adding up.
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 dtypes = st.sampled_from(list(BOUNDS))
-
-
-def needed_kernels() -> Kernels:
-    kernels = load_kernels()
-    if kernels is None:
-        pytest.skip("needs a C++ compiler")
-    return kernels
 
 
 @pytest.fixture(scope="module")

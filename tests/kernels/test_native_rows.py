@@ -10,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ferrum_rt.kernels.cpu import NativeOps, load_kernels
-from ferrum_rt.kernels.cpu.build import Kernels
+from ferrum_rt.kernels.cpu import NativeOps
 from ferrum_rt.kernels.cpu.program import BatchSizes, Program, Rows
 from ferrum_rt.kernels.sampling import argmax
-from tests.kernels.targets import kernels_for
+from tests.kernels.targets import kernels_for, needed_kernels
 
 # One rounding to the type; float32 is computed in itself.
 BOUNDS = {torch.float32: 4e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -22,13 +21,6 @@ dtypes = st.sampled_from(list(BOUNDS))
 sizes = st.integers(1, 300)
 every_dtype = pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 EPS = 1e-6
-
-
-def needed_kernels() -> Kernels:
-    kernels = load_kernels()
-    if kernels is None:
-        pytest.skip("needs a C++ compiler")
-    return kernels
 
 
 @pytest.fixture(scope="module")

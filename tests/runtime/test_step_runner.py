@@ -12,7 +12,7 @@ from ferrum_rt.interfaces.model_executor import DecodeInput, PrefillInput, SlotA
 from ferrum_rt.interfaces.sampler import SamplingConfig
 from ferrum_rt.interfaces.types import RequestId, TokenId
 from ferrum_rt.kernels.batch import allocate_pages
-from ferrum_rt.kernels.cpu import CpuOps, NativeOps, TorchCpuOps, load_kernels
+from ferrum_rt.kernels.cpu import CpuOps, NativeOps, TorchCpuOps
 from ferrum_rt.runtime.host_inputs import HostInputs
 from ferrum_rt.runtime.json_file import read_json
 from ferrum_rt.runtime.models.decoder import Decoder, load_weights
@@ -21,6 +21,7 @@ from ferrum_rt.runtime.models.weights import CheckpointReader
 from ferrum_rt.runtime.step_rows import lay_out
 from ferrum_rt.runtime.step_runner import EagerRunner, RecordedRunner, StepLogits
 from tests.checkpoints import FAMILIES, save_checkpoint
+from tests.kernels.targets import needed_kernels
 
 NUM_SLOTS, MAX_TOKENS, BLOCK_SIZE, PAGES_PER_SLOT = 4, 24, 8, 8
 
@@ -94,9 +95,7 @@ def schedule(seed: int) -> list[StepInput]:
 def test_rounds_are_steps_one_after_the_other(tmp_path: Path) -> None:
     """Eight rounds give the tokens of eight steps, recorded and call by call, with sequences of different lengths and across
     the ends of pages."""
-    kernels = load_kernels()
-    if kernels is None:
-        pytest.skip("needs a C++ compiler")
+    kernels = needed_kernels()
     save_checkpoint("qwen3", tmp_path)
     prompts = schedule(seed=3)
     with torch.inference_mode():
@@ -132,9 +131,7 @@ def test_a_recorded_step_is_the_decoder_call_by_call(directory: Path, dtype: tor
     """For each family, in steps of every mixture, the recorded program's logits are those of the same kernels called one by
     one, to the bit, whether or not somebody looks at the hidden states in between; and nearly torch's (but where experts are
     chosen by bfloat16 logits, which are equal too often)."""
-    kernels = load_kernels()
-    if kernels is None:
-        pytest.skip("needs a C++ compiler")
+    kernels = needed_kernels()
     bound = {torch.float32: 2e-5, torch.bfloat16: 6e-2}[dtype]
     with torch.inference_mode():
         first, second = NativeOps(kernels, 2), NativeOps(kernels, 2)
