@@ -36,25 +36,20 @@ class HostInputs:
 
     def fill(self, rows: StepRows) -> None:
         """The rows of the next step."""
-        num_decodes, size = rows.num_decodes, self._block_size
-        slots = np.array(rows.slots, dtype=np.int64)
+        num_decodes, slots = rows.num_decodes, np.array(rows.slots, dtype=np.int64)
         self.spans, self.num_tokens, self.num_sampled = rows.spans, len(slots), len(rows.logit_rows)
-        positions = self._positions[: self.num_tokens]
-        positions[:] = rows.positions
+        self._positions[: self.num_tokens] = rows.positions
         self._tokens[:num_decodes] = self._last_tokens[slots[:num_decodes]]
         self._tokens[num_decodes : self.num_tokens] = rows.known
-        self._kv_slots[: self.num_tokens] = self._tables[slots, positions // size] * size + positions % size
+        self._place(slots)
         self._logit_rows[: self.num_sampled] = rows.logit_rows
 
     def advance(self, tokens: Sequence[TokenId | None]) -> None:
         """After a round of decodes that has sampled these tokens: the next one's rows."""
-        count, size = self.num_tokens, self._block_size
         self.spans = [span._replace(start=span.start + 1) for span in self.spans]
-        slots = np.array([span.slot for span in self.spans], dtype=np.int64)
-        positions = self._positions[:count]
-        positions += 1
-        self._tokens[:count] = [token or 0 for token in tokens]
-        self._kv_slots[:count] = self._tables[slots, positions // size] * size + positions % size
+        self._positions[: self.num_tokens] += 1
+        self._tokens[: self.num_tokens] = [token or 0 for token in tokens]
+        self._place(np.array([span.slot for span in self.spans], dtype=np.int64))
 
     def keep(self, slots: Sequence[int], tokens: Sequence[TokenId | None]) -> None:
         """The tokens that the slots sampled last."""
@@ -68,6 +63,11 @@ class HostInputs:
         """All of the memory; a span for each slot."""
         spans = [QuerySpan(slot, 0, 1, 0) for slot in range(len(self._logit_rows))]
         return self._batch(len(self._tokens), len(self._logit_rows), spans)
+
+    def _place(self, slots: NDArray[np.int64]) -> None:
+        """Where in the pages the rows' keys and values go, by their slots and positions."""
+        positions, size = self._positions[: len(slots)], self._block_size
+        self._kv_slots[: len(slots)] = self._tables[slots, positions // size] * size + positions % size
 
     def _batch(self, num_tokens: int, num_sampled: int, spans: list[QuerySpan]) -> TokenBatch:
         return TokenBatch(

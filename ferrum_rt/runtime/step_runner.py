@@ -96,17 +96,17 @@ class RecordedRunner:
         layers = ops.record(Rows.TOKENS, max_tokens, forward)
         last = ops.record(Rows.SAMPLED, num_rows, logits)
         one_round = [*layers, *last, *ops.record(Rows.SAMPLED, num_rows, advance)]
-        self._rounds, self._round_length = Program(one_round * MAX_ROUNDS), len(one_round)
+        self._program, self._last = Program(one_round * MAX_ROUNDS), Program(last)
+        self._num_layers, self._num_whole, self._num_round = len(layers), len(layers) + len(last), len(one_round)
         self._hidden, self._logits = made
         self._span_values = self._plan.spans.numpy()
-        self._whole, self._layers, self._last = Program([*layers, *last]), Program(layers), Program(last)
 
     def run(self, between: Callable[[Tensor], None] | None = None) -> StepLogits:
         sizes = self._begin()
         if between is None:
-            self._ops.run(self._whole, sizes)
+            self._ops.run(self._program, sizes, self._num_whole)
         else:
-            self._ops.run(self._layers, sizes)
+            self._ops.run(self._program, sizes, self._num_layers)
             between(self._hidden[: sizes.tokens])
             self._ops.run(self._last, sizes)
         found = self._id_values[: sizes.sampled].tolist()
@@ -116,7 +116,7 @@ class RecordedRunner:
     def run_rounds(self, num_rounds: int) -> Sequence[Sequence[TokenId | None]]:
         sizes = self._begin()
         self._round[0] = 0
-        self._ops.run(self._rounds, sizes, num_rounds * self._round_length)
+        self._ops.run(self._program, sizes, num_rounds * self._num_round)
         ids = self._found_ids[:num_rounds, : sizes.sampled].tolist()
         is_sound = np.isfinite(self._found_highest[:num_rounds, : sizes.sampled]).tolist()
         return [_sound(*pair) for pair in zip(ids, is_sound, strict=True)]

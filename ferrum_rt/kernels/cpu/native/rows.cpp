@@ -21,7 +21,13 @@ struct Gather {
 };
 
 // What a row is multiplied by to have a mean square of 1.
-float norm_factor(F32 squares, int64_t width, double eps) {
+template <class T>
+float norm_factor(const T* x, int64_t width, double eps) {
+  F32 squares{};
+  for_vectors(width, [&](int64_t at, int count) {
+    const F32 value = load(x + at, count);
+    squares = multiply_add(value, value, squares);
+  });
   return 1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + static_cast<float>(eps));
 }
 
@@ -40,12 +46,7 @@ struct RmsNorm {
       });
       x = residual;
     }
-    F32 squares{};
-    for_vectors(a.width, [&](int64_t at, int count) {
-      const F32 value = load(x + at, count);
-      squares = multiply_add(value, value, squares);
-    });
-    const float factor = norm_factor(squares, a.width, a.eps);
+    const float factor = norm_factor(x, a.width, a.eps);
     for_vectors(a.width, [&](int64_t at, int count) {
       store(out + at, load(x + at, count) * factor * load(a.weight + at, count), count);
     });
@@ -70,12 +71,7 @@ struct QkNormRope {
 
   template <class T>
   static void normed_head(const Arguments& a, T* x, const float* cos_sin, const float* weight) {
-    F32 squares{};
-    for_vectors(a.dim, [&](int64_t at, int count) {
-      const F32 value = load(x + at, count);
-      squares = multiply_add(value, value, squares);
-    });
-    const float factor = norm_factor(squares, a.dim, a.eps);
+    const float factor = norm_factor(x, a.dim, a.eps);
     const auto norm = [&](F32 value, int64_t at, int count) { return value * factor * load(weight + at, count); };
     turn(x, cos_sin, a.half, norm);
     const int64_t rest = 2 * a.half;
