@@ -25,7 +25,7 @@ NUM_PAIRS = 20_000
 _ENDS = tuple(pack("type") + pack(tag)[:7] for tag in ("failed", "finished"))  # both of the same length
 # Ten times what is measured on a quiet machine of two cores, where a step takes 1 ms and a flooding connection's turn 3.
 MAX_P99_S = 0.1
-# What else the machine does only makes gaps longer: a daemon that keeps the bound once keeps it, and one that does not, never.
+# Noise only makes gaps longer: a daemon that keeps the bound once keeps it, and one that does not will not at any try.
 NUM_ATTEMPTS = 3
 MIN_GAPS, MAX_ATTACKS = 20, 20
 MAX_GROWTH_MIB = 80
