@@ -89,6 +89,24 @@ void plan_run(const Instruction& i, const Sizes& sizes, int64_t) {
 // -- one work item ---------------------------------------------------------------------------------------------------------
 
 constexpr float kNothing = -3e38f;  // below every score, so that a row can begin with it
+constexpr double kLog2e = 1.4426950408889634;
+
+// Which keys of a block a row sees: all of them, or those from `first` to `end`.
+struct SeesAll {
+  static constexpr int32_t first = 0, end = kKeys;
+  static F32 choose(int, F32 yes, F32) { return yes; }
+};
+
+struct SeesSome {
+  int32_t first, end;
+
+  F32 choose(int vector, F32 yes, F32 no) const {
+    I32 key;
+    for (int i = 0; i < kLanes; ++i) key[i] = i;
+    key += vector * kLanes;
+    return ferrum::choose((key >= first) & (key < end), yes, no);
+  }
+};
 
 // A thread's memory for an item, in lines of a cache.
 class Scratch {
@@ -133,16 +151,18 @@ class Attention {
         head_(head),
         rows_(item.count * a.shared),
         granules_(ceil_div(a.dim, G::kEach)),
-        width_(ceil_div(a.dim, kPanel) * kPanel) {
+        width_(ceil_div(a.dim, kPanel) * kPanel),
+        scale_(static_cast<float>(a.soft_cap > 0 ? a.scale / a.soft_cap : a.scale * kLog2e)),
+        cap_(static_cast<float>(a.soft_cap * kLog2e)) {
     const int64_t panel = std::max(granules_, kKeys) * kPanel;
-    scratch.reset(4 * (rows_ * (granules_ + width_ + 2 * kKeys + 3) + panel) + 64 * 8);
+    scratch.reset(4 * (rows_ * (granules_ + width_ + 2 * kKeys + kLanes + 2) + panel) + 64 * 8);
     q_ = scratch.take<uint32_t>(rows_ * granules_);
     panel_ = scratch.take<uint32_t>(panel);
     scores_ = scratch.take<float>(rows_ * kKeys);
     weights_ = scratch.take<typename G::Element>(rows_ * kKeys);
     sums_ = scratch.take<float>(rows_ * width_);
     most_ = scratch.take<float>(rows_);
-    total_ = scratch.take<float>(rows_);
+    total_ = scratch.take<float>(rows_ * kLanes);
     factor_ = scratch.take<float>(rows_);
   }
 
@@ -157,7 +177,7 @@ class Attention {
  private:
   void attend() {
     std::fill_n(most_, rows_, kNothing);
-    std::fill_n(total_, rows_, 0.0f);
+    std::fill_n(total_, rows_ * kLanes, 0.0f);
     std::fill_n(sums_, rows_ * width_, 0.0f);
     int64_t base = std::max<int64_t>(0, position_ - a_.window + 1) / kKeys * kKeys;
     locate(next_, base);
@@ -174,6 +194,7 @@ class Attention {
   }
 
   static constexpr bool kIsScaled = std::is_same_v<Page, int8_t>;
+  static constexpr int kVectors = kKeys / kLanes;
 
   int64_t position_of(int64_t row) const { return position_ + row / a_.shared; }
 
@@ -249,42 +270,41 @@ class Attention {
   // multiplied by.
   void weigh(int64_t base, int64_t row) {
     const int64_t last = position_of(row) - base;
-    const auto first = static_cast<int32_t>(std::max<int64_t>(0, last - a_.window + 1));
-    const auto end = static_cast<int32_t>(std::min(last + 1, block_->size));
-    const int from = first / kLanes, to = static_cast<int>(ceil_div(end, kLanes));
-    I32 lane;
-    for (int i = 0; i < kLanes; ++i) lane[i] = i;
-    const auto is_seen = [&](int vector) {
-      const I32 key = lane + vector * kLanes;
-      return (key >= first) & (key < end);
-    };
-    F32 scores[kKeys / kLanes];
+    const int64_t first = std::max<int64_t>(0, last - a_.window + 1), end = std::min(last + 1, block_->size);
+    if (first == 0 && end == kKeys)
+      weigh(row, SeesAll{});
+    else
+      weigh(row, SeesSome{static_cast<int32_t>(first), static_cast<int32_t>(end)});
+  }
+
+  template <class Sees>
+  void weigh(int64_t row, Sees sees) {
+    const int from = sees.first / kLanes, to = static_cast<int>(ceil_div(sees.end, kLanes));
+    F32 scores[kVectors];
     F32 most = splat<F32>(most_[row]);
+#pragma GCC unroll 8
     for (int v = from; v < to; ++v) {
-      F32 value = load(scores_ + row * kKeys + v * kLanes) * static_cast<float>(a_.scale);
+      F32 value = load(scores_ + row * kKeys + v * kLanes) * scale_;
       if constexpr (kIsScaled) value *= load(key_scales_ + v * kLanes);
-      if (a_.soft_cap > 0) {
-        const auto cap = static_cast<float>(a_.soft_cap);
-        value = tanh(value / cap) * cap;
-      }
+      if (a_.soft_cap > 0) value = tanh(value) * cap_;
       scores[v] = value;
-      most = max(most, choose(is_seen(v), value, most));
+      most = max(most, sees.choose(v, value, most));
     }
     const F32 highest_so_far = splat<F32>(highest(most));
-    factor_[row] = exp(splat<F32>(most_[row]) - highest_so_far)[0];
+    factor_[row] = exp2(splat<F32>(most_[row]) - highest_so_far)[0];
     most_[row] = highest_so_far[0];
     auto* weights = weights_ + row * kKeys;
-    F32 total{};
-    for (int v = 0; v < static_cast<int>(kKeys / kLanes); ++v) {
-      F32 weight{};
-      if (v >= from && v < to) {
-        weight = choose(is_seen(v), exp(scores[v] - highest_so_far), F32{});
-        total += weight;
-        if constexpr (kIsScaled) weight = choose(is_seen(v), weight * load(value_scales_ + v * kLanes), F32{});
-      }
+    F32 total = load(total_ + row * kLanes) * factor_[row];
+    for (int v = 0; v < from; ++v) store(weights + v * kLanes, F32{});
+#pragma GCC unroll 8
+    for (int v = from; v < to; ++v) {
+      F32 weight = sees.choose(v, exp2(scores[v] - highest_so_far), F32{});
+      total += weight;
+      if constexpr (kIsScaled) weight = sees.choose(v, weight * load(value_scales_ + v * kLanes), F32{});
       store(weights + v * kLanes, weight);
     }
-    total_[row] = total_[row] * factor_[row] + sum(total);
+    for (int v = to; v < kVectors; ++v) store(weights + v * kLanes, F32{});
+    store(total_ + row * kLanes, total);
   }
 
   void add_values(Range rows) {
@@ -307,8 +327,9 @@ class Attention {
     for (int64_t row = 0; row < rows_; ++row) {
       T* out = static_cast<T*>(a_.out) + (first_row_ + row / a_.shared) * a_.stride +
                (head_ * a_.shared + row % a_.shared) * a_.dim;
+      const float total = sum(load(total_ + row * kLanes));
       for_vectors(a_.dim, [&](int64_t at, int count) {
-        store(out + at, load(sums_ + row * width_ + at, count) / total_[row], count);
+        store(out + at, load(sums_ + row * width_ + at, count) / total, count);
       });
     }
   }
@@ -316,6 +337,7 @@ class Attention {
   const AttentionArguments& a_;
   const Span& span_;
   const int64_t first_row_, position_, count_, head_, rows_, granules_, width_;
+  const float scale_, cap_;  // scores become powers of two
   float key_scales_[kKeys], value_scales_[kKeys];
   Block<Page> blocks_[2], *block_ = &blocks_[0], *next_ = &blocks_[1];
   uint32_t *q_, *panel_;

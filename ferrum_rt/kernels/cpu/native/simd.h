@@ -140,19 +140,28 @@ inline F32 min(F32 a, F32 b) {
 #endif
 }
 
-// In an order that depends on nothing but the number of lanes.
+// Each lane with the one kWidth behind it.
+template <int kWidth, class Combine, int... kAt>
+inline F32 fold(F32 x, Combine combine, std::integer_sequence<int, kAt...>) {
+  return combine(x, __builtin_shufflevector(x, x, ((kAt + kWidth) % kLanes)...));
+}
+
+// All lanes combined, in an order that depends on nothing but their number.
+template <int kWidth = kLanes / 2, class Combine>
+inline float reduce(F32 x, Combine combine) {
+  x = fold<kWidth>(x, combine, std::make_integer_sequence<int, kLanes>{});
+  if constexpr (kWidth > 1)
+    return reduce<kWidth / 2>(x, combine);
+  else
+    return x[0];
+}
+
 inline float sum(F32 x) {
-  float values[kLanes];
-  std::memcpy(values, &x, sizeof(x));
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) values[i] += values[i + width];
-  return values[0];
+  return reduce(x, [](F32 a, F32 b) { return a + b; });
 }
 
 inline float highest(F32 x) {
-  float result = x[0];
-  for (int i = 1; i < kLanes; ++i) result = x[i] > result ? x[i] : result;
-  return result;
+  return reduce(x, [](F32 a, F32 b) { return max(a, b); });
 }
 
 // -- element types: how each is read as floats and written from them -------------------------------------------------------
@@ -400,6 +409,17 @@ inline F32 exp(F32 x) {
   F32 result = y * bits<F32>((power + 127) << 23);
   result = choose(x < -87.0f, F32{}, result);
   return choose(x == x, result, x);
+}
+
+// 2^x for x up to 127, within two units in the last place; below -126 what it is there, which no sum will feel.
+inline F32 exp2(F32 x) {
+  const F32 bounded = max(splat<F32>(-126.0f), x);
+  const F32 shifted = bounded + 0x1.8p23f;  // the nearest whole number in the lowest bits
+  const F32 rest = bounded - (shifted - 0x1.8p23f);
+  F32 y = splat<F32>(1.5345811e-4f);
+  for (float coefficient : {1.3399931e-3f, 9.618489e-3f, 5.5503286e-2f, 2.4022646e-1f, 6.931472e-1f, 1.0f})
+    y = multiply_add(y, rest, splat<F32>(coefficient));
+  return y * bits<F32>((bits<I32>(shifted) + 127) << 23);
 }
 
 inline F32 tanh(F32 x) {
