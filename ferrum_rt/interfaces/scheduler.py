@@ -75,10 +75,13 @@ class BatchHint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BatchPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """A step to run. The scheduler wants it back with the output, in the order of planning."""
+    """A step to run. The scheduler wants it back with the output, in the order of planning. ``request_ids`` are those of the
+    step's inputs, decodes first; the ``preempted`` have lost their last slot since the plan before."""
 
     batch_id: BatchId
     step: StepInput
+    request_ids: list[RequestId]
+    preempted: list[RequestId] = []
 
 
 class SequenceUpdate(msgspec.Struct, kw_only=True, gc=False):
@@ -117,7 +120,9 @@ class Scheduler(Protocol):
         """Leave a request out of the coming steps; its pages stay unless others need them."""
         ...
 
-    def unpark(self, request_id: RequestId) -> None: ...
+    def unpark(self, request_id: RequestId) -> bool:
+        """Let a parked request go on; False if it must wait, for its slot and pages are others' by now."""
+        ...
 
     def plan(self, hint: BatchHint) -> BatchPlan | None:
         """The next step, or None when there is nothing to compute."""

@@ -1,8 +1,8 @@
 """The engine loop: plan, launch, commit the step before, emit."""
 
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
+from typing import Protocol
 
 import anyio
 import msgspec
@@ -11,7 +11,6 @@ from anyio.streams.memory import MemoryObjectSendStream
 from ferrum_rt.interfaces.errors import BackendError, EngineFailed, as_ferrum_error
 from ferrum_rt.interfaces.model_executor import ModelExecutor, StepOutput
 from ferrum_rt.interfaces.scheduler import BatchHint, BatchPlan, Scheduler, SequenceUpdate
-from ferrum_rt.interfaces.types import RequestId
 from ferrum_rt.runtime.worker import Job, Worker
 
 _RETRY_S = 0.01
@@ -30,6 +29,18 @@ class EngineCounters(msgspec.Struct):
     host_s: float = 0.0
 
 
+class StepListener(Protocol):
+    """Told on the event loop."""
+
+    def launched(self, plan: BatchPlan) -> None:
+        """A step is on its way."""
+        ...
+
+    def landed(self, plan: BatchPlan, *, step_s: float, ended: float) -> None:
+        """It took ``step_s`` seconds and ended at this time of time.perf_counter's; its requests go on."""
+        ...
+
+
 class _Launched(msgspec.Struct):
     """A step on its way; ``step_s`` is how long it took, and ``ended`` when that was, once its job is done."""
 
@@ -45,7 +56,7 @@ class _Launched(msgspec.Struct):
 
 class EngineLoop:
     """Runs one step ahead: step N+1 is planned and launched before N is committed. ``updates`` takes what each step
-    brought; ``on_start`` hears of a request when the first step with it is launched."""
+    brought; ``steps`` hears of each that is launched, and of each that has landed."""
 
     def __init__(
         self,
@@ -55,13 +66,13 @@ class EngineLoop:
         updates: MemoryObjectSendStream[list[SequenceUpdate]],
         *,
         max_batched_tokens: int,
-        on_start: Callable[[RequestId], None],
+        steps: StepListener,
     ) -> None:
         self.counters = EngineCounters()
         self._scheduler, self._executor, self._worker = scheduler, executor, worker
         self._updates = updates
         self._max_batched_tokens = max_batched_tokens
-        self._on_start = on_start
+        self._steps = steps
         self._work = anyio.Event()
         self._last_end = 0.0
         self._late_s = 0.0  # that the loop came back to a step that had ended: the most, of late
@@ -100,8 +111,7 @@ class EngineLoop:
             return None
         launched = _Launched(plan)
         launched.job = self._worker.submit(lambda: self._execute(launched))
-        for assigned in plan.step.assigned:
-            self._on_start(assigned.request_id)
+        self._steps.launched(plan)
         self.counters.host_s += time.perf_counter() - began
         return launched
 
@@ -132,6 +142,7 @@ class EngineLoop:
             began = time.perf_counter()
             self._late_s = max(began - launched.ended, _FORGET * self._late_s)
             updates = self._scheduler.commit(launched.plan, output, launched.step_s)
+            self._steps.landed(launched.plan, step_s=launched.step_s, ended=launched.ended)
             self.counters.host_s += time.perf_counter() - began
         self.counters.steps += 1
         await self._emit(updates)

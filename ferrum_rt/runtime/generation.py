@@ -4,31 +4,34 @@ import math
 from collections.abc import Sequence
 
 import msgspec
-from opentelemetry.trace import INVALID_SPAN, Span
 
 from ferrum_rt.interfaces.engine import ChunkSink
 from ferrum_rt.interfaces.errors import FerrumError
 from ferrum_rt.interfaces.sampler import TokenScores
 from ferrum_rt.interfaces.scheduler import SequenceUpdate
+from ferrum_rt.interfaces.telemetry import Phase
 from ferrum_rt.interfaces.tokenizer import Tokenizer
 from ferrum_rt.interfaces.types import (
     FinishReason,
     InferenceRequest,
+    ModelId,
     RequestMetrics,
     TokenId,
     TokenLogprobs,
 )
 from ferrum_rt.runtime.output_text import OutputText, TokenOffsets
 from ferrum_rt.runtime.tool_calls import ToolCallParser, ToolFormat
-from ferrum_rt.runtime.tracing import end_span
+from ferrum_rt.runtime.tracing import RequestTrace
 
 
 class Generation:
-    """Lives from admission to its terminal event."""
+    """Lives from admission to its terminal event. ``captures``: what it says goes into its spans."""
 
-    def __init__(self, request: InferenceRequest, sink: ChunkSink, now: float) -> None:
+    def __init__(
+        self, request: InferenceRequest, sink: ChunkSink, now: float, model: ModelId, *, captures: bool = False
+    ) -> None:
         self.request, self.sink = request, sink
-        self.span: Span = INVALID_SPAN
+        self.trace = RequestTrace(request, model, now, captures=captures)
         self.submitted_at = now
         self.started_at: float | None = None
         self.first_token_at: float | None = None
@@ -71,6 +74,28 @@ class Generation:
             for index in range(self.request.sampling_params.n)
         ]
 
+    def started(self, now: float) -> None:
+        """A step is on its way with one of its samples in a slot that it did not have before."""
+        if self.started_at is None:
+            self.started_at = now
+        if not self.is_parked:
+            self.trace.enter(Phase.PREFILL, now)
+
+    def preempted(self, now: float) -> None:
+        """None of its samples has a slot any more."""
+        if not self.is_parked:
+            self.trace.enter(Phase.PREEMPTED, now)
+
+    def park(self, now: float) -> None:
+        """Its sink is full."""
+        self.is_parked = True
+        self.trace.enter(Phase.PARKED, now)
+
+    def unpark(self, now: float, *, runs: bool) -> None:
+        """It has room again; whether it ``runs``, or must wait for a slot, the scheduler knows."""
+        self.is_parked = False
+        self.trace.enter(Phase.DECODE if runs else Phase.PREEMPTED, now)
+
     def advance(self, update: SequenceUpdate, now: float) -> FinishReason | None:
         """Send on what a step brought; returns a reason if that ends its output."""
         self._prompt_scores += update.prompt_scores
@@ -78,6 +103,7 @@ class Generation:
         if output.is_finished or not (update.token_ids or update.finish_reason):
             return None
         chunk = output.advance(update)
+        self.trace.advance(chunk, now)
         if self.first_token_at is None:
             self.first_token_at = now
             if self.request.sampling_params.prompt_logprobs is not None:
@@ -93,8 +119,9 @@ class Generation:
     def close(self, now: float) -> None:
         """No more is coming."""
         self.finished_at = now
-        end_span(
-            self.span,
+        self.trace.end(
+            now,
+            ttft_s=None if self.first_token_at is None else self.first_token_at - self.submitted_at,
             prompt_tokens=self.num_prompt_tokens,
             output_tokens=self.num_output_tokens,
             error=self.error,
@@ -103,13 +130,9 @@ class Generation:
 
     def metrics(self) -> RequestMetrics:
         """Seconds from submission; NaN for what has not happened."""
-
-        def since(moment: float | None) -> float:
-            return math.nan if moment is None else moment - self.submitted_at
-
-        return RequestMetrics(
-            queue_s=since(self.started_at), ttft_s=since(self.first_token_at), total_s=since(self.finished_at)
-        )
+        moments = (self.started_at, self.first_token_at, self.finished_at)
+        queue_s, ttft_s, total_s = (math.nan if moment is None else moment - self.submitted_at for moment in moments)
+        return RequestMetrics(queue_s=queue_s, ttft_s=ttft_s, total_s=total_s)
 
     def _describe_prompt(self) -> list[TokenLogprobs]:
         if self._tokenizer is None:

@@ -20,6 +20,7 @@ class Roster:
         self.sequences: dict[RequestId, list[Sequence]] = {}
         self.parked: dict[Sequence, None] = {}
         self.num_preemptions = 0
+        self._displaced: dict[RequestId, None] = {}
         self._clients, self._waiting, self._residents = clients, waiting, residents
         self._sessions, self._swapping = sessions, swapping
         self._num_arrivals = 0
@@ -32,6 +33,16 @@ class Roster:
     def samples(self, request_id: RequestId, index: int | None = None) -> list[Sequence]:
         """Those of the request of this name, or one of them, that have not ended."""
         return [sequence for sequence in self.sequences.get(request_id, ()) if index in (None, sequence.index)]
+
+    def is_running(self, request_id: RequestId) -> bool:
+        """One of its samples has a slot, and is to go on in it."""
+        return any(sequence.state is SequenceState.RUNNING for sequence in self.sequences.get(request_id, ()))
+
+    def take_displaced(self) -> list[RequestId]:
+        """The requests that were made to wait since the last call, and do."""
+        displaced = [request_id for request_id in self._displaced if not self.is_running(request_id)]
+        self._displaced.clear()
+        return displaced
 
     def arrive(self, request: SequenceRequest) -> None:
         """Its first sample waits, the others are held."""
@@ -61,7 +72,7 @@ class Roster:
         """Slot and pages are others' from now on; it waits."""
         self._residents.running.remove(sequence)
         self._make_way(sequence)
-        self._wait(sequence)
+        self._displace(sequence)
 
     def preempt_parked(self) -> bool:
         """Take slot and pages from who is parked and has any; False if nobody has."""
@@ -80,7 +91,7 @@ class Roster:
         self._residents.release(sequence)
         if sequence.state is SequenceState.RUNNING:
             self._residents.running.remove(sequence)
-            self._wait(sequence)
+            self._displace(sequence)
         sequence.num_pending = 0
         sequence.num_retries += 1
         return sequence.state is SequenceState.WAITING
@@ -126,6 +137,10 @@ class Roster:
         self._swapping.swap_out(sequence)
         self._residents.release(sequence)
         self.num_preemptions += 1
+
+    def _displace(self, sequence: Sequence) -> None:
+        self._displaced[sequence.request.request_id] = None
+        self._wait(sequence)
 
     def _wait(self, sequence: Sequence) -> None:
         sequence.state = SequenceState.WAITING

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -52,6 +52,7 @@ from ferrum_rt.runtime.arrivals import MAX_ARRIVALS, ArrivalLog
 from ferrum_rt.runtime.chunk_stream import ChunkStream
 from ferrum_rt.runtime.engine import EngineLoop
 from ferrum_rt.runtime.generation import Generation
+from ferrum_rt.runtime.instruments import record, watch
 from ferrum_rt.runtime.lag import LoopLag
 from ferrum_rt.runtime.loader import LoadedModel, load_model
 from ferrum_rt.runtime.pages import PagedKvCache
@@ -61,7 +62,7 @@ from ferrum_rt.runtime.reports import engine_health, engine_status
 from ferrum_rt.runtime.resolve import EncodedRequest, resolve
 from ferrum_rt.runtime.scheduler import UnifiedScheduler
 from ferrum_rt.runtime.sessions import Sessions
-from ferrum_rt.runtime.tracing import start_span
+from ferrum_rt.runtime.step_trace import StepTrace
 from ferrum_rt.runtime.worker import Worker
 
 # Updates turned into text before the loop is yielded to others.
@@ -159,8 +160,9 @@ class Runtime:
             self._executor_thread,
             to_detokenizer,
             max_batched_tokens=config.batching.max_batched_tokens,
-            on_start=self._started,
+            steps=StepTrace(self._active, self._scheduler),
         )
+        watch(self, executor.model_info.id)
 
     async def _run(self) -> None:
         """The tasks, in a scope and a group of their own: cancelling them does not touch the caller's task, and a fault of
@@ -294,22 +296,21 @@ class Runtime:
         if request.model_id not in (None, self.model_info.id):
             raise NotFound(f"model_id: this engine runs {self.model_info.id!r}, not {request.model_id!r}")
         check_vocabulary(request.sampling_params, self.model_info.vocab_size)
-        generation = Generation(request, sink, time.monotonic())
         try:
             self._admission.admit(request.client_id, self._preparation.num_queued)
         except ResourceExhausted:
             self._counts["rejected"] += 1
             raise
+        captures = self._config.monitoring.capture_content
+        generation = Generation(request, sink, time.monotonic(), self.model_info.id, captures=captures)
         self._preparation.put(generation)
         self._active[request.id] = generation
-        generation.span = start_span(request, self.model_info.id)
         return generation
 
     def resume(self, generation: Generation) -> None:
         """Its sink has room again."""
         if generation.is_parked and not generation.is_finished:
-            generation.is_parked = False
-            self._scheduler.unpark(generation.request.id)
+            generation.unpark(time.monotonic(), runs=self._scheduler.unpark(generation.request.id))
             self._engine.notify()
 
     def abandon(self, generation: Generation) -> None:
@@ -369,8 +370,13 @@ class Runtime:
         """Why the scheduler does what it does."""
         return self._scheduler.diagnostics()
 
+    @property
+    def outcomes(self) -> Mapping[str, int]:
+        """Requests that have ended, or were refused, by how."""
+        return self._counts
+
     def metrics(self) -> EngineMetrics:
-        """Counters since the start."""
+        """Counters since the start. In any thread."""
         counters = self._engine.counters
         return EngineMetrics(
             steps=counters.steps,
@@ -420,11 +426,6 @@ class Runtime:
         except Exception as error:  # what is wrong with the request, or whatever its prompt does to a detokenizer
             self._fail(generation, as_ferrum_error(TokenizerError, "the prompt cannot be gone on from", error))
 
-    def _started(self, request_id: RequestId) -> None:
-        generation = self._active.get(request_id)
-        if generation is not None and generation.started_at is None:
-            generation.started_at = time.monotonic()
-
     async def _detokenize(self) -> None:
         async for batch in self._updates:
             self._pressure.look(self._cache.pressure)
@@ -450,7 +451,7 @@ class Runtime:
         if generation.has_ended:
             self._end(generation, "finished")
         elif not generation.is_parked and generation.sink.is_full:
-            generation.is_parked = True
+            generation.park(time.monotonic())
             self._scheduler.park(update.request_id)
 
     # -- a request's end ----------------------------------------------------------------------------------------------
@@ -486,6 +487,7 @@ class Runtime:
         self._admission.leave(generation.request.client_id)
         generation.close(time.monotonic())
         self._arrivals.add(generation)
+        record(generation, self.model_info.id)
         self._counts[outcome] += 1
         if not self._active:
             self._idle.set()

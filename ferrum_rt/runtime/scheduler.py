@@ -133,9 +133,10 @@ class UnifiedScheduler:
         """Leave a request out of the coming steps. Slots and pages stay with it until somebody waits for them."""
         self._roster.park(request_id)
 
-    def unpark(self, request_id: RequestId) -> None:
-        """Let a parked request go on."""
+    def unpark(self, request_id: RequestId) -> bool:
+        """Let a parked request go on; False if it must wait, for its slot and pages are others' by now."""
         self._roster.unpark(request_id)
+        return self._roster.is_running(request_id)
 
     def expire(self, now: float) -> list[SequenceUpdate]:
         """End the requests whose deadline has passed: with what they have, or with DeadlineExceeded if that is nothing; and
@@ -200,9 +201,10 @@ class UnifiedScheduler:
         return diagnose(self._clients, self._waiting, self._pace, self._trials, self.estimated_wait_s())
 
     def statistics(self) -> SchedulerStats:
+        """May be called in any thread, which is why the sequences are copied first."""
         cache = self._cache.statistics()
-        running = {sequence.request.request_id for sequence in self._residents.running}
-        parked = {sequence.request.request_id for sequence in self._roster.parked} - running
+        running = {sequence.request.request_id for sequence in list(self._residents.running)}
+        parked = {sequence.request.request_id for sequence in list(self._roster.parked)} - running
         return SchedulerStats(
             running=len(running),
             waiting=len(self._roster.sequences) - len(running) - len(parked),
@@ -246,7 +248,8 @@ class UnifiedScheduler:
         self.swapping.carry_out(step)
         num_swaps = len(step.swapped_out) + len(step.swapped_in)
         self._in_flight.append(PlannedStep(batch_id, entries, work, num_swaps, step.batch.num_rounds))
-        return BatchPlan(batch_id=batch_id, step=step)
+        request_ids = [entry.sequence.request.request_id for entry in entries]
+        return BatchPlan(batch_id=batch_id, step=step, request_ids=request_ids, preempted=self._roster.take_displaced())
 
     def commit(self, plan: BatchPlan, output: StepOutput, step_s: float | None = None) -> list[SequenceUpdate]:
         """Take over what a step computed. Only now are its pages published."""
