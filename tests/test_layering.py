@@ -26,13 +26,14 @@ LAYERS = {
     "ipc": {"ipc", "interfaces"},
     "runtime": {"runtime", "kernels", "interfaces"},
     "daemon": {"daemon", "runtime", "ipc", "kernels", "interfaces"},
-    "cli": {"cli", "daemon", "runtime", "ipc", "kernels", "interfaces"},
+    "load": {"load", "runtime", "ipc", "kernels", "interfaces"},
+    "cli": {"cli", "load", "daemon", "runtime", "ipc", "kernels", "interfaces"},
 }
 
 # Inside runtime a module never reaches one of a line above its own; the scheduler and the executor never each other.
 RUNTIME_ORDER = (
     ("runtime",),
-    ("preparation", "arrivals", "reports"),
+    ("preparation", "arrivals", "reports", "step_trace", "instruments"),
     ("generation", "resolve"),
     ("loader", "output_text"),
     ("cuda_backend",),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import msgspec
 
 from ferrum_rt.interfaces.engine import ChunkSink
-from ferrum_rt.interfaces.errors import FerrumError
+from ferrum_rt.interfaces.errors import Cancelled, FerrumError
 from ferrum_rt.interfaces.sampler import TokenScores
 from ferrum_rt.interfaces.scheduler import SequenceUpdate
 from ferrum_rt.interfaces.telemetry import Phase
@@ -36,6 +36,7 @@ class Generation:
         self.started_at: float | None = None
         self.first_token_at: float | None = None
         self.finished_at: float | None = None
+        self.outcome: str | None = None
         self.error: FerrumError | None = None
         self.is_parked = False
         self.is_queued = True
@@ -78,13 +79,7 @@ class Generation:
         """A step is on its way with one of its samples in a slot that it did not have before."""
         if self.started_at is None:
             self.started_at = now
-        if not self.is_parked:
-            self.trace.enter(Phase.PREFILL, now)
-
-    def preempted(self, now: float) -> None:
-        """None of its samples has a slot any more."""
-        if not self.is_parked:
-            self.trace.enter(Phase.PREEMPTED, now)
+        self.trace.start(now)
 
     def park(self, now: float) -> None:
         """Its sink is full."""
@@ -116,15 +111,24 @@ class Generation:
         self.error = error
         self.sink.put(error)
 
-    def close(self, now: float) -> None:
+    @property
+    def error_type(self) -> str | None:
+        """The code of what it ended with instead of an output; ``cancelled`` also where nobody was there any more to be
+        told."""
+        if self.error is not None:
+            return self.error.code
+        return Cancelled.code if self.outcome == "cancelled" else None
+
+    def close(self, outcome: str, now: float) -> None:
         """No more is coming."""
-        self.finished_at = now
+        self.outcome, self.finished_at = outcome, now
         self.trace.end(
             now,
+            outcome=outcome,
             ttft_s=None if self.first_token_at is None else self.first_token_at - self.submitted_at,
             prompt_tokens=self.num_prompt_tokens,
             output_tokens=self.num_output_tokens,
-            error=self.error,
+            error=self.error_type,
         )
         self.sink.close()
 

@@ -50,14 +50,13 @@ class Observed(Protocol):
 
 def record(generation: Generation, model: ModelId) -> None:
     """At a request's end."""
-    error = generation.error
     attributes = {
         names.OPERATION_NAME: operation_of(generation.request),
         names.PROVIDER_NAME: names.PROVIDER,
         names.REQUEST_MODEL: model,
     }
-    if error is not None:
-        attributes[names.ERROR_TYPE] = error.code
+    if (error := generation.error_type) is not None:
+        attributes[names.ERROR_TYPE] = error
     first, last = generation.first_token_at, generation.finished_at
     assert last is not None  # it has ended
     try:

@@ -485,7 +485,7 @@ class Runtime:
         """The one place where a request ends."""
         del self._active[generation.request.id]
         self._admission.leave(generation.request.client_id)
-        generation.close(time.monotonic())
+        generation.close(outcome, time.monotonic())
         self._arrivals.add(generation)
         record(generation, self.model_info.id)
         self._counts[outcome] += 1

@@ -34,7 +34,7 @@ class StepTrace:
         now = time.monotonic()
         for request_id in plan.preempted:
             if (generation := self._active.get(request_id)) is not None:
-                generation.preempted(now)
+                generation.trace.preempt(now)
         for assigned in plan.step.assigned:
             if (generation := self._active.get(assigned.request_id)) is not None:
                 generation.started(now)

@@ -16,7 +16,6 @@ from opentelemetry import trace
 from opentelemetry.trace import INVALID_SPAN, Link, Span, SpanKind, Status, StatusCode
 
 from ferrum_rt.interfaces import telemetry as names
-from ferrum_rt.interfaces.errors import FerrumError
 from ferrum_rt.interfaces.requests import is_chat
 from ferrum_rt.interfaces.telemetry import Phase
 from ferrum_rt.interfaces.types import ChatMessage, FinishReason, InferenceRequest, ModelId, StreamChunk
@@ -96,6 +95,18 @@ class RequestTrace:
         self._phase_span = _TRACER.start_span(phase.value, trace.set_span_in_context(self._span), start_time=at)
 
     @_guarded
+    def start(self, now: float) -> None:
+        """One of its samples has got a slot; the first of them, if it waited."""
+        if self._phase in (Phase.QUEUE, Phase.PREEMPTED):
+            self.enter(Phase.PREFILL, now)
+
+    @_guarded
+    def preempt(self, now: float) -> None:
+        """None of its samples has a slot any more. Who is parked has no use for one."""
+        if self._phase in (Phase.PREFILL, Phase.DECODE):
+            self.enter(Phase.PREEMPTED, now)
+
+    @_guarded
     def chunk(self, num_tokens: int, position: int, now: float) -> None:
         """A step is on its way that computes so many tokens of it from ``position`` on."""
         event = {names.CHUNK_TOKENS: num_tokens, names.CHUNK_POSITION: position}
@@ -115,21 +126,26 @@ class RequestTrace:
 
     @_guarded
     def end(
-        self, now: float, *, ttft_s: float | None, prompt_tokens: int, output_tokens: int, error: FerrumError | None
+        self, now: float, *, outcome: str, ttft_s: float | None, prompt_tokens: int, output_tokens: int, error: str | None
     ) -> None:
-        """At the request's one end. Of an error the class is told, not the message, which may quote the prompt."""
+        """At the request's one end. Of an ``error`` the code is told, not the message, which may quote the prompt."""
         at = self._ns(now)
         self._phase_span.end(at)
         reasons = [self._reasons[index].value for index in sorted(self._reasons)]
         self._span.set_attributes(
-            {names.INPUT_TOKENS: prompt_tokens, names.OUTPUT_TOKENS: output_tokens, names.FINISH_REASONS: reasons}
+            {
+                names.OUTCOME: outcome,
+                names.INPUT_TOKENS: prompt_tokens,
+                names.OUTPUT_TOKENS: output_tokens,
+                names.FINISH_REASONS: reasons,
+            }
         )
         if ttft_s is not None:
             self._span.set_attribute(names.TIME_TO_FIRST_CHUNK, ttft_s)
         if self._captures:
             self._span.set_attribute(names.OUTPUT_MESSAGES, _output_messages(self._texts, self._reasons))
         if error is not None:
-            self._span.set_attribute(names.ERROR_TYPE, error.code)
+            self._span.set_attribute(names.ERROR_TYPE, error)
             self._span.set_status(Status(StatusCode.ERROR))
         self._span.end(at)
 
