@@ -61,9 +61,7 @@ def main() -> int:
     return 1 if wrong else 0
 
 
-async def run(
-    seconds: float, rate: float, recorder: SpanRecorder, reader: InMemoryMetricReader
-) -> tuple[Repeat, Measured]:
+async def run(seconds: float, rate: float, recorder: SpanRecorder, reader: InMemoryMetricReader) -> tuple[Repeat, Measured]:
     """Metrics are read while the engine is open, when its last request has ended."""
     async with ferrum_rt.open_runtime() as engine:
         info = engine.model_info

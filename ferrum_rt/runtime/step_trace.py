@@ -41,7 +41,7 @@ class StepTrace:
         prefills = plan.step.batch.prefills
         for item, request_id in zip(prefills, plan.request_ids[-len(prefills) :], strict=False):
             if (generation := self._active.get(request_id)) is not None:
-                generation.trace.chunk(len(item.token_ids), item.position, now)
+                generation.trace.chunk(len(item.token_ids), item.start, now)
 
     def landed(self, plan: BatchPlan, *, step_s: float, ended: float) -> None:
         """It took ``step_s`` seconds and ended at this time of time.perf_counter's."""
