@@ -3,10 +3,10 @@
     python -m tools.traced_load [--seconds 30] [--rate 4]
 
 - each request that was sent came to its end, and has one tree of spans in its sender's trace;
-- a tree is complete and well nested, and its phases add up to what the sender saw, within 2 % (and ``SLACK_S`` for the sender to
+- a tree is complete and well nested, and its phases add up to what the sender saw, within 2 % (and ``SLACK_S`` for it to
   be woken up: it shares the event loop with everybody else);
 - the histograms have as many requests in them as there are trees, and the same seconds; the counters have the trees' tokens;
-- spans of steps link to requests that there were, and no request was in none of the steps for as long as steps were recorded.
+- spans of steps link to requests that there were, and every request of more than a second is in one of them.
 
 Ends with 1 where any of it does not hold.
 """
@@ -25,6 +25,7 @@ from opentelemetry.sdk.trace import TracerProvider
 
 import ferrum_rt
 from ferrum_rt.interfaces import telemetry as names
+from ferrum_rt.interfaces.types import TokenId
 from ferrum_rt.load.driver import put_on
 from ferrum_rt.load.results import Repeat, SpanRecord
 from ferrum_rt.load.spans import RequestTree, SpanRecorder, faults, request_trees
@@ -66,7 +67,9 @@ async def run(seconds: float, rate: float, recorder: SpanRecorder, reader: InMem
     async with ferrum_rt.open_runtime() as engine:
         info = engine.model_info
         load = Load(requests=round(seconds * rate), prompt=PROMPT, output=OUTPUT, rate=rate)
-        requests = load.draw(1, vocabulary=range(info.vocab_size), max_model_len=info.max_model_len)
+        requests = load.draw(
+            1, vocabulary=[TokenId(number) for number in range(info.vocab_size)], max_model_len=info.max_model_len
+        )
         repeat = await put_on(EngineTarget(engine), requests, concurrency=1, on_end=lambda _: None)
         found = read(reader)
     return msgspec.structs.replace(repeat, spans=recorder.take()), found

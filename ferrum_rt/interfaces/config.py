@@ -127,8 +127,8 @@ class BatchingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class MonitoringConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``progress`` draws a bar on standard error while a model loads, if that is a terminal. ``capture_content`` puts prompts
-    and outputs into spans, for whoever may read those."""
+    """``progress`` draws a bar on standard error while a model loads, if that is a terminal. ``capture_content`` puts
+    prompts and outputs into spans, for whoever may read those."""
 
     progress: bool = False
     capture_content: bool = False

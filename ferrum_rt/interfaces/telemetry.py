@@ -1,5 +1,5 @@
-"""Names of what is traced and measured. Those under ``gen_ai`` are OpenTelemetry's conventions for generative AI, copied here
-because their Python package is still marked as incubating; those under ``ferrum`` are ours."""
+"""Names of what is traced and measured. Those under ``gen_ai`` are OpenTelemetry's conventions for generative AI, copied
+here because their Python package is still marked as incubating; those under ``ferrum`` are ours."""
 
 import enum
 

@@ -36,7 +36,7 @@ def _guarded(
     """What the SDK raises is logged, and nothing more is recorded of the request."""
 
     @wraps(method)
-    def call(self: "RequestTrace", *given: _Given.args, **named: _Given.kwargs) -> None:
+    def call(self: "RequestTrace", /, *given: _Given.args, **named: _Given.kwargs) -> None:
         if not self.is_recording:
             return
         try:
@@ -54,7 +54,8 @@ class RequestTrace:
 
     def __init__(self, request: InferenceRequest, model: ModelId, now: float, *, captures: bool = False) -> None:
         self.is_recording = True
-        self._span = self._phase_span = INVALID_SPAN
+        self._span: Span = INVALID_SPAN
+        self._phase_span: Span = INVALID_SPAN
         self._phase: Phase | None = None
         self._captures = captures
         self._reasons: dict[int, FinishReason] = {}

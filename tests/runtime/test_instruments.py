@@ -31,7 +31,7 @@ async def main():
 asyncio.run(main())
 """
 BODY = """
-    async with fake_engine({"scheduler": {"max_running_requests": 2, "max_waiting_requests": 1}}, fail_at={1}) as (engine, _):
+    async with fake_engine({"scheduler": {"max_running_requests": 2}}, fail_at={1}) as (engine, _):
         print(json.dumps(read()))
         await engine.infer_batch(["fails"], max_tokens=2)
         for number in range(3):
@@ -69,7 +69,7 @@ def by(points: list[dict[str, Any]], attribute: str) -> dict[Any, float]:
 
 @pytest.mark.slow
 def test_a_collector_reads_what_engines_count() -> None:
-    """Histograms of the requests that have ended, by how, with the conventions' buckets; and every engine's counts, apart."""
+    """Histograms of the requests that have ended, by how, with the conventions' buckets; and each engine's counts."""
     before, during, after = points_of(HOST.format(body=BODY))
 
     assert names.REQUEST_DURATION not in before
