@@ -163,3 +163,21 @@ def test_daemon_load() -> None:
         assert report[kind]["running"]["median"] > 0
     assert report["counts"]["num_killed"] > 0
     assert report["counts"]["num_reset"] > 0
+
+
+@pytest.mark.proof
+def test_tracing_cost() -> None:
+    report = smoke("tracing_cost")
+    costs, faults = {"API alone", "SDK"}, {"raises", "hangs", "refuses"}
+    for figure, kinds in (
+        ("tokens_per_s", {"untraced", *costs}),
+        ("cpu_us_per_token", {"untraced", *costs}),
+        ("time_added", costs),
+        ("cpu_added", costs),
+        ("p99_ms", {"SDK", *faults}),
+        ("p99_added", faults),
+    ):
+        assert report[figure].keys() == kinds, figure
+        assert all(row.keys() == SPREAD for row in report[figure].values())
+        assert figure.endswith("_added") or all(row["median"] > 0 for row in report[figure].values())
+    assert report["bounds_met"].keys() == costs | faults

@@ -70,6 +70,6 @@ def test_systemd_understands_the_units(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_sample_configuration_is_the_default() -> None:
     """It loads, names every limit, and says of each what it is when it is left out."""
     path = UNITS.parent / "ferrum-rt.toml"
-    config = load_serve_config(path, model=None, socket=None, fields={})
-    assert config == load_serve_config(None, model=None, socket=None, fields={})
+    config = load_serve_config(path, model=None, daemon={}, fields={})
+    assert config == load_serve_config(None, model=None, daemon={}, fields={})
     assert set(tomllib.loads(path.read_text())["daemon"]["limits"]) == set(DaemonLimits.__struct_fields__)

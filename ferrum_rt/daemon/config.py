@@ -1,5 +1,6 @@
 """What the daemon is started with: the parts of an EngineConfig, and a table of its own in the same file."""
 
+import ipaddress
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,12 +38,18 @@ class DaemonLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The table ``daemon``. ``socket`` None is the user's own. The daemon's own uid may always connect; ``allowed_uids`` are
-    those that may beside it. ``otlp`` is where spans are sent, as ``http://localhost:4318``."""
+    those that may beside it.
+
+    ``otlp`` is where spans and metrics are sent, as ``http://localhost:4318``; ``spans`` a file that spans are appended to, a
+    line each, or ``-`` for standard error; ``prometheus`` where metrics can be read: a loopback address and a port, as
+    ``127.0.0.1:9464``, or the path of a socket. None of them is the default: nothing is recorded."""
 
     socket: str | None = None
     allowed_uids: tuple[int, ...] = ()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     otlp: str | None = None
+    spans: str | None = None
+    prometheus: str | None = None
     limits: DaemonLimits = DaemonLimits()
 
 
@@ -53,22 +60,26 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     daemon: DaemonConfig
 
 
-def load_serve_config(path: Path | None, *, model: str | None, socket: str | None, fields: Mapping[str, Any]) -> ServeConfig:
-    """Read the file, if there is one, and lay the command line over it: the model, the socket, and keywords of open_runtime.
-    Raises ConfigError."""
+def load_serve_config(
+    path: Path | None, *, model: str | None, daemon: Mapping[str, Any], fields: Mapping[str, Any]
+) -> ServeConfig:
+    """Read the file, if there is one, and lay the command line over it: the model, fields of the table ``daemon``, and keywords
+    of open_runtime. Raises ConfigError."""
     if path is None:
-        return _build({}, model, socket, fields)
+        return _build({}, model, daemon, fields)
     with naming(path):
-        return _build(read_toml(path), model, socket, fields)
+        return _build(read_toml(path), model, daemon, fields)
 
 
-def _build(tree: dict[str, Any], model: str | None, socket: str | None, fields: Mapping[str, Any]) -> ServeConfig:
+def _build(
+    tree: dict[str, Any], model: str | None, daemon: Mapping[str, Any], fields: Mapping[str, Any]
+) -> ServeConfig:
     check_keys(tree, _KEYS, "")
     table = tree.pop("daemon", {})
     if not isinstance(table, dict):
         raise ConfigError(f"daemon: expected a table, got {table!r}")
     check_keys(table, msgspec.to_builtins(DaemonConfig()), "daemon")
-    given = table if socket is None else table | {"socket": socket}
+    given = table | dict(daemon)
     return ServeConfig(engine=build_config(model, build_config(None, None, tree), fields), daemon=_convert(given))
 
 
@@ -85,7 +96,36 @@ def _convert(table: dict[str, Any]) -> DaemonConfig:
         raise ConfigError(f"daemon.limits.frame_bytes is at most {MAX_FRAME_BYTES}, got {daemon.limits.frame_bytes}")
     if any(uid < 0 for uid in daemon.allowed_uids):
         raise ConfigError(f"daemon.allowed_uids are numbers of users, got {list(daemon.allowed_uids)}")
+    _check_telemetry(daemon)
     return daemon
+
+
+def _check_telemetry(daemon: DaemonConfig) -> None:
+    if daemon.otlp is not None and not daemon.otlp.startswith(("http://", "https://")):
+        raise ConfigError(f"daemon.otlp is a collector's URL, as http://localhost:4318, got {daemon.otlp!r}")
+    if daemon.spans == "":
+        raise ConfigError("daemon.spans is the path of a file, or - for standard error, got ''")
+    if daemon.prometheus is not None:
+        loopback_address(daemon.prometheus)
+
+
+def loopback_address(text: str) -> tuple[str, int] | None:
+    """Of ``daemon.prometheus`` the address and the port; None if it is the path of a socket. Raises ConfigError for an address
+    that others than this machine can reach."""
+    if "/" in text:
+        return None
+    host, _, port = text.rpartition(":")
+    host = "127.0.0.1" if host == "localhost" else host.removeprefix("[").removesuffix("]")
+    try:
+        is_loopback, number = ipaddress.ip_address(host).is_loopback, int(port)
+    except ValueError:
+        is_loopback, number = False, 0
+    if not (is_loopback and 0 <= number < 65536):
+        raise ConfigError(
+            "daemon.prometheus is a loopback address and a port, as 127.0.0.1:9464, or the path of a socket, with a slash in it, "
+            f"got {text!r}"
+        )
+    return host, number
 
 
 def difference(old: Any, new: Any, path: str = "") -> list[str]:

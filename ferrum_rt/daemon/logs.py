@@ -11,6 +11,7 @@ import logging
 import os
 import select
 import sys
+import threading
 import traceback
 from contextlib import suppress
 
@@ -19,13 +20,50 @@ _MAX_FRAMES = 16
 _KNOWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
-def set_up(level: str) -> None:
-    """For a process that is ours: its root logger writes to standard error, warnings and asyncio's complaints included."""
-    root = logging.getLogger()
-    # Without a standard error there is none to write to: another file may have been given its number.
-    root.handlers = [_AtOnce(sys.stderr.fileno()) if sys.stderr is not None else logging.NullHandler()]
+class StandardError:
+    """Lines from several threads, none of them torn by another's. It goes past Python's own stream, which would keep what it
+    cannot write, to try again when the process ends. A pipe that can be written to takes ``PIPE_BUF`` bytes without waiting."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor, self._lock = descriptor, threading.Lock()
+        self._is_within = False  # a line has begun, and waits for the reader
+        self._poll = self._polling()
+
+    def write_nowait(self, line: bytes) -> None:
+        """Or never. Raises OSError."""
+        with self._lock:
+            if not self._is_within and self._poll.poll(0):
+                os.write(self._descriptor, line)
+
+    def write(self, lines: bytes) -> None:
+        """However long the reader takes; in one thread at a time. Raises OSError."""
+        waiting = self._polling()  # two threads cannot poll with the same object
+        try:
+            for line in lines.splitlines(keepends=True):
+                while line:
+                    waiting.poll()
+                    with self._lock:
+                        # Nobody waits for the lock longer than for this: none of it waits for the reader.
+                        while line and self._poll.poll(0):
+                            line = line[os.write(self._descriptor, line[: select.PIPE_BUF]) :]
+                        self._is_within = bool(line)
+        finally:
+            self._is_within = False
+
+    def _polling(self) -> select.poll:
+        poll = select.poll()
+        poll.register(self._descriptor, select.POLLOUT)
+        return poll
+
+
+def set_up(level: str) -> StandardError | None:
+    """For a process that is ours: its root logger writes to standard error, warnings and asyncio's complaints included.
+    Returns what it writes to; None where there is no standard error, for another file may have been given its number."""
+    stream = None if sys.stderr is None else StandardError(sys.stderr.fileno())
+    logging.getLogger().handlers = [logging.NullHandler() if stream is None else _AtOnce(stream)]
     logging.captureWarnings(capture=True)
     set_level(level)
+    return stream
 
 
 def set_level(level: str) -> None:
@@ -33,20 +71,14 @@ def set_level(level: str) -> None:
 
 
 class _AtOnce(logging.Handler):
-    """Past Python's own stream, which would keep what it cannot write, to try again when the process ends. A pipe that can
-    be written to takes 4 KiB without waiting."""
-
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, stream: StandardError) -> None:
         super().__init__()
         self.setFormatter(_JsonLines())
-        self._descriptor = descriptor
-        self._poll = select.poll()
-        self._poll.register(descriptor, select.POLLOUT)
+        self._stream = stream
 
     def emit(self, record: logging.LogRecord) -> None:
         with suppress(OSError):
-            if self._poll.poll(0):
-                os.write(self._descriptor, self.format(record).encode() + b"\n")
+            self._stream.write_nowait(self.format(record).encode() + b"\n")
 
 
 class _JsonLines(logging.Formatter):

@@ -42,11 +42,12 @@ def run_daemon(
     """Serve until told to stop; returns the exit status. ``read_config`` is called at SIGHUP. Raises the FerrumError of what
     prevents the start."""
     _occupy_standard_streams()
-    logs.set_up(config.daemon.log_level)
+    console = logs.set_up(config.daemon.log_level)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nothing to reload yet; by default it would end the process
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own would have the load finished first
-    with exported(config.daemon.otlp):
-        return anyio.run(_Service(config, read_config, load).run, backend_options={"use_uvloop": True})
+    service = _Service(config, read_config, load)  # with the engine, whose metrics are read once more at the end
+    with exported(config.daemon, console):
+        return anyio.run(service.run, backend_options={"use_uvloop": True})
 
 
 class _Service:

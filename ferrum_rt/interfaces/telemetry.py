@@ -75,6 +75,7 @@ PER_TOKEN_BOUNDS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7
 ENGINE = "ferrum.engine"  # which of the process's engines, from 1
 STATE = "ferrum.state"
 OUTCOME = "ferrum.outcome"
+EXPORTER = "ferrum.exporter"  # which of the daemon's, by the field of its configuration: otlp or spans
 
 REQUESTS = "ferrum.requests"
 REQUESTS_ENDED = "ferrum.requests.ended"
@@ -89,3 +90,4 @@ STEP_TIME = "ferrum.step.time"
 HOST_TIME = "ferrum.host.time"
 LOOP_LAG = "ferrum.loop.lag"
 LONGEST_LOOP_LAG = "ferrum.loop.lag.max"
+SPANS_DROPPED = "ferrum.telemetry.spans.dropped"

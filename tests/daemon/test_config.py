@@ -6,7 +6,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from ferrum_rt.daemon.config import DaemonConfig, DaemonLimits, ServeConfig, difference, load_serve_config
+from ferrum_rt.daemon.config import (
+    DaemonConfig,
+    DaemonLimits,
+    ServeConfig,
+    difference,
+    load_serve_config,
+    loopback_address,
+)
 from ferrum_rt.interfaces.config import EngineConfig, SchedulerConfig
 from ferrum_rt.interfaces.errors import ConfigError
 from ferrum_rt.interfaces.types import Device
@@ -26,10 +33,8 @@ stall_s = 1.5
 """
 
 
-def load(
-    path: Path | None, *, model: str | None = None, socket: str | None = None, fields: dict[str, Any] | None = None
-) -> ServeConfig:
-    return load_serve_config(path, model=model, socket=socket, fields=fields or {})
+def load(path: Path | None, *, model: str | None = None, fields: dict[str, Any] | None = None, **daemon: str) -> ServeConfig:
+    return load_serve_config(path, model=model, daemon=daemon, fields=fields or {})
 
 
 @pytest.fixture
@@ -64,13 +69,13 @@ def test_either_half_may_be_missing(text: str, file: Path) -> None:
 
 
 def test_the_command_line_overrules_the_file(file: Path) -> None:
-    """Model, socket and the keywords of open_runtime replace what the file says, and leave the rest of it."""
+    """Model, fields of the table daemon and the keywords of open_runtime replace what the file says, and leave the rest of it."""
     file.write_text(BOTH)
-    config = load(file, model="other", socket="/run/other.sock", fields={"device": "cpu"})
+    config = load(file, model="other", socket="/run/other.sock", spans="-", fields={"device": "cpu"})
     assert config.engine.model.source == "other"
     assert config.engine.backend.device is Device.CPU
     assert config.engine.scheduler.drain_s == 2.5
-    assert config.daemon.socket == "/run/other.sock"
+    assert (config.daemon.socket, config.daemon.spans) == ("/run/other.sock", "-")
     assert config.daemon.limits.connections == 7
 
 
@@ -107,6 +112,8 @@ def test_an_unknown_key_is_named_with_the_nearest(text: str, key: str, nearest: 
         ("[daemon]\nlog_level = 'loud'", "daemon.log_level"),
         ("[daemon]\nallowed_uids = ['root']", "daemon.allowed_uids"),
         ("[daemon]\nallowed_uids = [1, -1]", "daemon.allowed_uids"),
+        ("[daemon]\notlp = 'localhost:4318'", "daemon.otlp is a collector's URL"),
+        ("[daemon]\nspans = ''", "daemon.spans"),
         ("[daemon.limits]\nconnections = 'many'", "daemon.limits.connections"),
         ("[daemon.limits]\nframe_bytes = 4194305", "daemon.limits.frame_bytes is at most 4194304"),
         ("[daemon.limits]\nstall_s = nan", "daemon.limits.stall_s"),
@@ -149,6 +156,35 @@ def test_a_wrong_option_needs_no_file_to_blame() -> None:
     """Without a file the message begins with what is wrong."""
     with pytest.raises(ConfigError, match=r"^unknown configuration key 'devise'"):
         load(None, fields={"devise": "cpu"})
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("127.0.0.1:9464", ("127.0.0.1", 9464)),
+        ("127.1.2.3:0", ("127.1.2.3", 0)),
+        ("localhost:9464", ("127.0.0.1", 9464)),
+        ("[::1]:9464", ("::1", 9464)),
+        ("/run/user/1000/metrics.sock", None),
+        ("./metrics.sock", None),
+    ],
+)
+def test_metrics_are_read_on_loopback_or_a_socket(text: str, place: tuple[str, int] | None) -> None:
+    """An address of this machine's alone with a port, or what has a slash in it."""
+    assert loopback_address(text) == place
+    assert load(None, prometheus=text).daemon.prometheus == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["0.0.0.0:9464", "192.168.1.2:9464", "[::]:9464", "example.org:9464", ":9464", "127.0.0.1", "127.0.0.1:65536", "9464", ""],
+)
+def test_metrics_are_read_nowhere_else(text: str, file: Path) -> None:
+    """Not where other machines could read them."""
+    file.write_text(f"[daemon]\nprometheus = '{text}'")
+    with pytest.raises(ConfigError) as caught:
+        load(file)
+    assert str(caught.value).startswith(f"{file}: daemon.prometheus is a loopback address and a port, ")
 
 
 def test_differences_are_named_to_the_last_key(file: Path) -> None:

@@ -2,9 +2,9 @@
 
 ``daemon_process`` starts an interpreter for it, ``forked_daemon`` forks a process that has everything loaded already, in a
 tenth of the time. OPTIONS of both, and of ``python -m tests.fakes.daemon SOCKET OPTIONS``, where they are a JSON object:
-FakeExecutor's arguments; ``config``, the parts of an EngineConfig; ``config_file``, the path of a configuration; ``socket``,
-if not SOCKET; ``gate``, a file at whose lock the daemon waits before it starts; ``load_gate``, one at which its model's load
-waits; ``broken_at``, a step that returns nonsense.
+FakeExecutor's arguments; ``config``, the parts of an EngineConfig; ``daemon``, fields of the table daemon; ``config_file``,
+the path of a configuration; ``socket``, if not SOCKET; ``gate``, a file at whose lock the daemon waits before it starts;
+``load_gate``, one at which its model's load waits; ``broken_at``, a step that returns nonsense.
 """
 
 import fcntl
@@ -199,7 +199,8 @@ def _main(path: str, options: dict[str, Any]) -> int:
     """As the command line does it."""
     file, fields = options.pop("config_file", None), options.pop("config", {})
     gate, load_gate, place = options.pop("gate", None), options.pop("load_gate", None), options.pop("socket", path)
-    read_config = partial(load_serve_config, Path(file) if file else None, model=None, socket=place, fields=fields)
+    daemon = options.pop("daemon", {}) | ({} if place is None else {"socket": place})
+    read_config = partial(load_serve_config, Path(file) if file else None, model=None, daemon=daemon, fields=fields)
 
     def load(config: EngineConfig) -> LoadedModel:
         _pass(load_gate, LOADING)
