@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import stat
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
+import anyio
 import pytest
 from opentelemetry import trace
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
@@ -26,8 +28,10 @@ from ferrum_rt.interfaces import telemetry as names
 from ferrum_rt.interfaces.errors import ConfigError
 from ferrum_rt.ipc.client import connect
 from ferrum_rt.load.spans import faults, read_spans, request_trees
+from tests.command_line import FERRUM_RT, Cli, assert_one_error
 from tests.daemon.otlp import collector
-from tests.fakes.daemon import ForkedDaemon, forked_daemon
+from tests.daemon.test_prometheus import scrape
+from tests.fakes.daemon import ForkedDaemon, forked_daemon, started
 
 PARENT = trace.NonRecordingSpan(
     trace.SpanContext(0xABC, 0xDEF, is_remote=False, trace_flags=trace.TraceFlags(trace.TraceFlags.SAMPLED))
@@ -170,6 +174,37 @@ async def test_a_reader_that_reads_nothing_stops_nobody(path: Path, tmp_path: Pa
     finally:
         if reader >= 0:
             os.close(reader)
+
+
+# -- from the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+async def test_the_command_sends_them_everywhere(path: Path, tmp_path: Path) -> None:
+    """With the demo model: a request's spans are in the file and at the collector, and its metrics at the socket."""
+    place, metrics = tmp_path / "spans.jsonl", tmp_path / "metrics" / "s"
+    with collector() as found:
+        options = ["--otlp", found.endpoint, "--spans", str(place), "--prometheus", str(metrics)]
+        command = [*FERRUM_RT, "serve", "--socket", str(path), "--device", "cpu", *options]
+        async with started(command, stderr=subprocess.DEVNULL) as process:
+            await ask(path, max_tokens=8)
+            scraped = await scrape(str(metrics))
+            process.send_signal(signal.SIGINT)
+            assert await anyio.to_thread.run_sync(process.wait) == 0
+    [tree] = request_trees(read_spans(place))
+    assert [phase.name for phase in tree.phases] == PHASES
+    assert list(faults(tree)) == []
+    assert tree.root.trace_id == f"{0xABC:032x}"
+    assert tree.root.span_id in {span.span_id.hex() for span in found.spans}
+    assert found.metrics[names.REQUEST_DURATION].histogram.data_points[0].count == 1
+    assert scraped["gen_ai_server_request_duration_seconds_count"][0].value == 1
+
+
+def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    """In one line, before anything is loaded."""
+    result = Cli(capsys)("serve", "--prometheus", "0.0.0.0:9464")
+    assert_one_error(result)
+    assert "daemon.prometheus is a loopback address" in result.err
 
 
 # -- pieces ---------------------------------------------------------------------------------------------------------------
