@@ -71,9 +71,7 @@ def load_serve_config(
         return _build(read_toml(path), model, daemon, fields)
 
 
-def _build(
-    tree: dict[str, Any], model: str | None, daemon: Mapping[str, Any], fields: Mapping[str, Any]
-) -> ServeConfig:
+def _build(tree: dict[str, Any], model: str | None, daemon: Mapping[str, Any], fields: Mapping[str, Any]) -> ServeConfig:
     check_keys(tree, _KEYS, "")
     table = tree.pop("daemon", {})
     if not isinstance(table, dict):

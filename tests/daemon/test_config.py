@@ -177,7 +177,17 @@ def test_metrics_are_read_on_loopback_or_a_socket(text: str, place: tuple[str, i
 
 @pytest.mark.parametrize(
     "text",
-    ["0.0.0.0:9464", "192.168.1.2:9464", "[::]:9464", "example.org:9464", ":9464", "127.0.0.1", "127.0.0.1:65536", "9464", ""],
+    [
+        "0.0.0.0:9464",
+        "192.168.1.2:9464",
+        "[::]:9464",
+        "example.org:9464",
+        ":9464",
+        "127.0.0.1",
+        "127.0.0.1:65536",
+        "9464",
+        "",
+    ],
 )
 def test_metrics_are_read_nowhere_else(text: str, file: Path) -> None:
     """Not where other machines could read them."""
