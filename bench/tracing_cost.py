@@ -5,17 +5,17 @@ and the same work again and again,
 
 - *untraced*: with tracing and metrics patched out, as if they had never been written;
 - *API alone*: as a host has it that has no SDK of OpenTelemetry;
-- *SDK*: with every request and ten steps a second recorded, handed in batches to an exporter that discards them, and all metrics
-  read once a second.
+- *SDK*: with every request and ten steps a second recorded, handed in batches to an exporter that discards them, and all
+  metrics read once a second.
 
-Then, against *SDK*, with exporters that *raise*, *hang* for ever, or find that the collector's address *refuses* connections: how
+Then, against *SDK*, with exporters that *raise*, *hang* for ever, or find that the collector's address *refuses* them: how
 much longer requests take at p99.
 
-In a round each of them has two turns: one in an order of the round's own, and one in the opposite order, so that a machine that
-slows down in the meantime slows down all alike. Ratios are taken within each round; shown are their median, and between which
-two of them it lies with 95 % confidence, by their ranks. Prompts are never the same, so nothing is in the prefix cache.
+In a round each of them has two turns: one in an order of the round's own, and one in the opposite order, so that a machine
+that slows down in the meantime slows down all alike. Ratios are taken within each round; shown are their median, and between
+which two of them it lies with 95 % confidence, by their ranks. Prompts are never the same: nothing is in the prefix cache.
 
-The bounds: SDK takes at most 2 % of the throughput, the API alone less than 0.3 %, and no exporter adds more than 5 % at p99.
+The bounds: SDK takes at most 2 % more time, the API alone less than 0.3 %, and no exporter adds more than 5 % to p99.
 A median is within them or not; a bound that lies inside of the interval needs more rounds. Processor time is that of the
 process in all its threads.
 
@@ -165,8 +165,8 @@ def read_regularly(reader: InMemoryMetricReader) -> Iterator[None]:
 
 @contextmanager
 def recorded(kind: Kind, engine: Runtime) -> Iterator[Callable[[], object]]:
-    """The SDK as a process of ours has it, with the exporter of this kind. Yields what has to be called at the end of what is
-    measured: it hands on what still waits."""
+    """The SDK as a process of ours has it, with the exporter of this kind. Yields what has to be called at the end of what
+    is measured: it hands on what still waits."""
     reader = InMemoryMetricReader()
     meters, tracers = MeterProvider([reader], shutdown_on_exit=False), TracerProvider(shutdown_on_exit=False)
     instruments = instruments_of(meters)
@@ -176,7 +176,7 @@ def recorded(kind: Kind, engine: Runtime) -> Iterator[Callable[[], object]]:
         tracers.add_span_processor(spans)
         with traced_by(tracers), measured_by(instruments), read_regularly(reader):
             yield spans.force_flush if kind is Kind.SDK else lambda: None
-    tracers.shutdown()
+    spans.shutdown()
     meters.shutdown()
     if kind is Kind.SDK and spans.num_lost:
         raise RuntimeError(f"{spans.num_lost} spans were lost: that was cheaper than it ought to be")
@@ -262,8 +262,8 @@ def p99_ms(turns: Iterable[Turn]) -> float:
 
 
 def interval(values: Iterable[float]) -> Spread:
-    """The median, and the values between which it lies with 95 % confidence: by their ranks, of which half are below it, give or
-    take 1.96 standard deviations of a binomial distribution."""
+    """The median, and the values between which it lies with 95 % confidence: by their ranks. Half of them are below it, give
+    or take 1.96 standard deviations of a binomial distribution."""
     known = sorted(values)
     middle, margin = len(known) / 2, 0.98 * math.sqrt(len(known))
     low, high = max(0, math.floor(middle - margin)), min(len(known) - 1, math.ceil(middle + margin))

@@ -40,8 +40,8 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """The table ``daemon``. ``socket`` None is the user's own. The daemon's own uid may always connect; ``allowed_uids`` are
     those that may beside it.
 
-    ``otlp`` is where spans and metrics are sent, as ``http://localhost:4318``; ``spans`` a file that spans are appended to, a
-    line each, or ``-`` for standard error; ``prometheus`` where metrics can be read: a loopback address and a port, as
+    ``otlp`` is where spans and metrics are sent, as ``http://localhost:4318``; ``spans`` a file that spans are appended to,
+    a line each, or ``-`` for standard error; ``prometheus`` where metrics can be read: a loopback address and a port, as
     ``127.0.0.1:9464``, or the path of a socket. None of them is the default: nothing is recorded."""
 
     socket: str | None = None
@@ -63,8 +63,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
 def load_serve_config(
     path: Path | None, *, model: str | None, daemon: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> ServeConfig:
-    """Read the file, if there is one, and lay the command line over it: the model, fields of the table ``daemon``, and keywords
-    of open_runtime. Raises ConfigError."""
+    """Read the file, if there is one, and lay the command line over it: the model, fields of the table ``daemon``, and
+    keywords of open_runtime. Raises ConfigError."""
     if path is None:
         return _build({}, model, daemon, fields)
     with naming(path):
@@ -108,8 +108,8 @@ def _check_telemetry(daemon: DaemonConfig) -> None:
 
 
 def loopback_address(text: str) -> tuple[str, int] | None:
-    """Of ``daemon.prometheus`` the address and the port; None if it is the path of a socket. Raises ConfigError for an address
-    that others than this machine can reach."""
+    """Of ``daemon.prometheus`` the address and the port; None if it is the path of a socket. Raises ConfigError for an
+    address that others than this machine can reach."""
     if "/" in text:
         return None
     host, _, port = text.rpartition(":")
@@ -120,8 +120,8 @@ def loopback_address(text: str) -> tuple[str, int] | None:
         is_loopback, number = False, 0
     if not (is_loopback and 0 <= number < 65536):
         raise ConfigError(
-            "daemon.prometheus is a loopback address and a port, as 127.0.0.1:9464, or the path of a socket, with a slash in it, "
-            f"got {text!r}"
+            "daemon.prometheus is a loopback address and a port, as 127.0.0.1:9464, or the path of a socket, with a slash "
+            f"in it, got {text!r}"
         )
     return host, number
 

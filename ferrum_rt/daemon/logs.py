@@ -21,8 +21,8 @@ _KNOWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "ta
 
 
 class StandardError:
-    """Lines from several threads, none of them torn by another's. It goes past Python's own stream, which would keep what it
-    cannot write, to try again when the process ends. A pipe that can be written to takes ``PIPE_BUF`` bytes without waiting."""
+    """Lines from several threads, none of them torn by another's. It goes past Python's own stream, which would keep what
+    it cannot write, to try again when the process ends. A pipe that can be written to takes ``PIPE_BUF`` bytes at once."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor, self._lock = descriptor, threading.Lock()

@@ -83,18 +83,21 @@ def _listening(address: str) -> Iterator[socket.socket]:
 
 
 class _Endpoint:
-    """On the loop of the thread. ``_open`` are the connections, the oldest first."""
+    """On the loop of the thread. ``_open`` are the connections, the oldest first, and the tasks that answer them."""
 
     def __init__(self, page: Page) -> None:
         self._page = page
-        self._open: dict[asyncio.WriteTransport, None] = {}
+        self._open: dict[asyncio.WriteTransport, asyncio.Task[None]] = {}
 
     async def serve(self, listener: socket.socket, told_to_end: asyncio.Event) -> None:
         server = await asyncio.start_server(self._connected, sock=listener, limit=_MAX_HEAD_BYTES)
         await told_to_end.wait()
         server.close()
+        answering = list(self._open.values())
         for transport in self._open:
             transport.abort()
+        if answering:
+            await asyncio.wait(answering)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._open) >= MAX_CONNECTIONS:
@@ -102,7 +105,9 @@ class _Endpoint:
             oldest = next(iter(self._open))
             del self._open[oldest]
             oldest.abort()
-        self._open[writer.transport] = None
+        task = asyncio.current_task()
+        assert task is not None
+        self._open[writer.transport] = task
         try:
             async with asyncio.timeout(_LIMIT_S):
                 writer.write(self._answer(await reader.readuntil(b"\r\n\r\n")))

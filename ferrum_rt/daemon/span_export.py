@@ -55,7 +55,7 @@ class CountedSpans(SpanProcessor):
 
     def shutdown(self) -> None:
         """Wait until all has been tried that waits."""
-        self._batches.shutdown()
+        self._batches.shutdown()  # type: ignore[no-untyped-call]
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
         """The same, and go on."""
@@ -108,7 +108,7 @@ class SpanFile:
     def __init__(self, path: Path) -> None:
         """Raises ConfigError where there can be no such file."""
         try:
-            self._file = open(path, "ab", buffering=0, opener=_for_its_owner)
+            self._file = open(path, "ab", buffering=0, opener=_for_its_owner)  # noqa: SIM115 - until close()
         except OSError as error:
             raise ConfigError(f"daemon.spans: {path}: cannot be written: {error.strerror}") from error
         if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):

@@ -69,7 +69,7 @@ def test_either_half_may_be_missing(text: str, file: Path) -> None:
 
 
 def test_the_command_line_overrules_the_file(file: Path) -> None:
-    """Model, fields of the table daemon and the keywords of open_runtime replace what the file says, and leave the rest of it."""
+    """Model, fields of the table daemon and keywords of open_runtime replace what the file says, and leave the rest."""
     file.write_text(BOTH)
     config = load(file, model="other", socket="/run/other.sock", spans="-", fields={"device": "cpu"})
     assert config.engine.model.source == "other"

@@ -271,8 +271,8 @@ def test_what_an_exporter_refuses_is_counted(answer: Callable[[], SpanExportResu
 
 
 def test_what_there_is_no_room_for_is_counted(make: Make) -> None:
-    """While an exporter hangs, ``MAX_WAITING`` wait behind what it has; the rest is dropped at once, and nothing that waited is,
-    once it goes on."""
+    """While an exporter hangs ``MAX_WAITING`` wait behind what it has; the rest is dropped at once. Once it goes on, nothing
+    that waited is."""
     is_reached, may_go_on = Event(), Event()
 
     def hanging() -> SpanExportResult:

@@ -1,5 +1,5 @@
-"""Exporters of spans and readers of metrics that are down, hang or raise: no request is any different, no end waits long, and
-what is lost is counted."""
+"""Exporters of spans and readers of metrics that are down, hang or raise: no request is any different, no end waits long,
+and what is lost is counted."""
 
 import json
 import socket
@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -169,12 +170,14 @@ async def test_a_processor_that_raises_is_no_requests_trouble(
 
 
 @pytest.fixture(params=["refuses", "hangs", "raises", "a callback hangs", "a callback raises"])
-def meters(request: pytest.FixtureRequest, hang: Hang, nowhere: str) -> Iterator[MeterProvider]:
-    """Its metrics are read every millisecond, which comes to nothing."""
-    answer = {"hangs": hang, "raises": fault}.get(request.param, lambda: None)
+def instruments(request: pytest.FixtureRequest, hang: Hang, nowhere: str) -> Iterator[ModuleType]:
+    """The runtime's, which are read every millisecond, and that comes to nothing."""
+    answers: dict[str, Answer] = {"hangs": hang, "raises": fault}
+    answer = answers.get(request.param, lambda: None)
     exporter = OTLPMetricExporter(nowhere, timeout=0.1) if request.param == "refuses" else MetricFault(answer)
     reader = PeriodicExportingMetricReader(exporter, export_interval_millis=1, export_timeout_millis=1e5)
     provider = MeterProvider([reader], shutdown_on_exit=False)
+    instruments = instruments_of(provider)
 
     def observe(_: CallbackOptions) -> Iterable[Observation]:
         (hang if request.param == "a callback hangs" else fault)()
@@ -182,14 +185,14 @@ def meters(request: pytest.FixtureRequest, hang: Hang, nowhere: str) -> Iterator
 
     if request.param.startswith("a callback"):
         provider.get_meter("of another library").create_observable_gauge("x", [observe])
-    yield provider
+    yield instruments
     hang.released.set()
     provider.shutdown()
 
 
-async def test_a_reader_of_metrics_that_fails_is_no_requests_trouble(meters: MeterProvider) -> None:
+async def test_a_reader_of_metrics_that_fails_is_no_requests_trouble(instruments: ModuleType) -> None:
     """Nor one that hangs while it reads."""
-    with measured_by(instruments_of(meters)):
+    with measured_by(instruments):
         await lives_as_ever()
 
 
@@ -198,8 +201,8 @@ async def test_a_reader_of_metrics_that_fails_is_no_requests_trouble(meters: Met
 
 @pytest.mark.slow
 def test_a_collector_that_hangs_delays_the_daemons_end_by_its_limit_and_no_more() -> None:
-    """However many batches wait for a collector that never answers, flushing ends after ``_FLUSH_LIMIT_S``, and tells how many
-    spans were lost."""
+    """However many batches wait for a collector that never answers, flushing ends after ``_FLUSH_LIMIT_S``, and tells how
+    many spans were lost."""
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         code = f"""
 import json, logging, time
