@@ -203,6 +203,6 @@ def test_a_port_that_is_taken_is_named() -> None:
     """With the field that it is in."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-X
+        with pytest.raises(ConfigError, match=rf"^daemon\.prometheus: {address}: cannot listen there: Address already"):
             with served(address, PAGE):
                 pass
