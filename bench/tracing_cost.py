@@ -136,7 +136,7 @@ def exporter_of(kind: Kind) -> Iterator[SpanExporter]:
         case Kind.REFUSES:
             with socket.create_server(("127.0.0.1", 0)) as closed_soon:
                 port = closed_soon.getsockname()[1]
-            exporter = OTLPSpanExporter(f"http://127.0.0.1:{port}/v1/traces", timeout=5.0)
+            exporter: SpanExporter = OTLPSpanExporter(f"http://127.0.0.1:{port}/v1/traces", timeout=5.0)
             yield exporter
             exporter.shutdown()
         case _:

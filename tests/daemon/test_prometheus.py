@@ -144,7 +144,7 @@ def test_clients_that_hang_block_nobody(place: Path) -> None:
     with ExitStack() as hanging:
         with served(str(place), PAGE):
             clients = [hanging.enter_context(connected(place)) for _ in range(MAX_CONNECTIONS + 5)]
-            for client in clients:
+            for client in clients[5:]:
                 client.sendall(b"GET /metr")
             for _ in range(3):
                 assert ask(place, SCRAPE).endswith(b"the page")
