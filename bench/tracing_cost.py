@@ -19,7 +19,7 @@ The bounds: SDK takes at most 2 % more time, the API alone less than 0.3 %, and 
 A median is within them or not; a bound that lies inside of the interval needs more rounds. Processor time is that of the
 process in all its threads.
 
-    python -m bench.tracing_cost [--rounds 100] [--requests 32] [--latency-rounds 20] [--latency-requests 128]
+    python -m bench.tracing_cost [--rounds 100] [--requests 32] [--latency-rounds 20] [--latency-requests 64]
 """
 
 import argparse
@@ -350,7 +350,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--requests", type=int, default=32, help="of a turn")
     parser.add_argument("--latency-rounds", type=int, default=20)
-    parser.add_argument("--latency-requests", type=int, default=128, help="of a turn")
+    parser.add_argument("--latency-requests", type=int, default=64, help="of a turn")
     parser.add_argument("--users", type=int, default=16, help="requests under way at a time")
     parser.add_argument("--prompt-tokens", type=int, default=202, help="ShareGPT's mean")
     parser.add_argument("--output-tokens", type=int, default=179, help="ShareGPT's mean")

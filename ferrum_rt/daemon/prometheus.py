@@ -18,6 +18,7 @@ from ferrum_rt.interfaces.errors import ConfigError
 
 MAX_CONNECTIONS = 32
 _MAX_HEAD_BYTES = 8192
+_TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 _LIMIT_S = 10.0
 _END_LIMIT_S = 1.0
 
@@ -39,7 +40,7 @@ def metrics_page() -> tuple[MetricReader, Page]:
         raise ConfigError("daemon.prometheus: the exporter is not installed; pip install 'ferrum-rt[prometheus]'") from error
     registry = client.CollectorRegistry()  # the package's own would have its metrics of the process, too
     reader: MetricReader = exporter.PrometheusMetricReader(scope_info_enabled=False, registry=registry)
-    return reader, Page(client.CONTENT_TYPE_LATEST, partial(client.generate_latest, registry))
+    return reader, Page(_TEXT_FORMAT, partial(client.generate_latest, registry))
 
 
 @contextmanager

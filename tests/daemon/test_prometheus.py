@@ -45,7 +45,7 @@ async def scrape(place: list[str | int] | str) -> dict[str, list[Sample]]:
         await stream.send(SCRAPE)
         received = b"".join([part async for part in stream])
     head, _, body = received.partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=")
+    assert head.startswith(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=0.0.4;")
     found: dict[str, list[Sample]] = {}
     for family in text_string_to_metric_families(body.decode()):
         for sample in family.samples:
