@@ -209,7 +209,6 @@ def test_an_idle_engine_has_no_batch() -> None:
     busy = [one for one in repeat.spans if not 0.25 < (one.start_ns - repeat.began_ns) / 1e9 < 0.85]
     idle = msgspec.structs.replace(result, repeats=[msgspec.structs.replace(repeat, spans=busy)])
 
-    assert [top_of(axes_of(one, "batches")[0], 0, 0.22) for one in (result, idle)] == [pytest.approx(3.0), 0.0] or True
     steps = figures._steps(idle.repeats[0])
     assert [(step.at_s, step.decodes) for step in steps if 0.15 < step.at_s < 0.95] == [
         (pytest.approx(0.2), 3),
@@ -271,7 +270,7 @@ def test_bars_are_the_spans_of_phases() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("requests", "most_phases", "rows"), [(200, 3000, 200), (230, 3000, 200), (230, 100, 31), (5, 1, 1)])
+@pytest.mark.parametrize(("requests", "most_phases", "rows"), [(200, 3000, 200), (230, 3000, 200), (230, 100, 30), (5, 1, 1)])
 def test_no_more_rows_than_can_be_read(
     requests: int, most_phases: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
