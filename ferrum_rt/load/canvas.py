@@ -1,6 +1,6 @@
 """One style for all figures. A figure is drawn once: as a PNG for a page of text, and as SVG that stands in an HTML page and
-takes its colours from that page's theme. matplotlib is an extra, and is used without pyplot, which would choose a backend for
-the whole process."""
+takes its colours from that page's theme. matplotlib is an extra, and is used without pyplot, which would choose a backend
+for the whole process."""
 
 import html
 import io
@@ -93,8 +93,8 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def as_svg(figure: Figure, name: str, label: str, tips: Sequence[str] = ()) -> str:
-    """To stand in an HTML page whose style defines each colour of the palette as ``--NAME``. Ids begin with ``name``, so those
-    of other figures are others. The artist with the gid ``tip-3`` tells the fourth of ``tips`` to who points at it."""
+    """To stand in an HTML page whose style defines each colour of the palette as ``--NAME``. Ids begin with ``name``, so
+    those of other figures are others. The artist with the gid ``tip-3`` tells the fourth of ``tips`` to who points at it."""
     text = io.StringIO()
     with style():
         figure.savefig(text, format="svg", facecolor="none", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))

@@ -1,5 +1,5 @@
-"""Pictures of a load test: where its times lie, and what went on while it ran. The repeats' times are taken together; what is
-drawn over time is the first repeat."""
+"""Pictures of a load test: where its times lie, and what went on while it ran. The repeats' times are taken together; what
+is drawn over time is the first repeat."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ _Item = TypeVar("_Item")
 
 
 class Picture(NamedTuple):
-    """``name`` is its file's. ``note`` says what one sees, or, where there is no ``figure``, why. ``tips`` are canvas.as_svg's."""
+    """``name`` is its file's. ``note`` says what one sees, or why there is no ``figure``. ``tips`` are canvas.as_svg's."""
 
     name: str
     title: str
@@ -142,7 +142,12 @@ def _throughput(result: LoadResult) -> Picture:
     tokens, requests = figure.subplots(2, 1, sharex=True)
     chunks = [chunk for record in repeat.requests for chunk in record.chunks]
     width = _draw_rate(
-        tokens, repeat, [chunk.at_s for chunk in chunks], [chunk.tokens for chunk in chunks], color=canvas.BLUE, most_bins=120
+        tokens,
+        repeat,
+        [chunk.at_s for chunk in chunks],
+        [chunk.tokens for chunk in chunks],
+        color=canvas.BLUE,
+        most_bins=120,
     )
     tokens.set(title=f"Output tokens per second, in bins of {shown.seconds(width)}", ylim=(0, None))
     due = [record.due_s for record in repeat.requests]
@@ -212,7 +217,7 @@ def _batches(result: LoadResult) -> Picture:
         axes.set(title="Requests in the engine", ylim=(0, None))
         _legend(axes)
     axes.set(xlabel="seconds", xlim=(0, repeat.duration_s))
-    note = "From the spans of engine steps, of which ten a second are recorded." if steps else "Spans of engine steps are missing."
+    note = "Of engine steps ten a second are recorded, as spans." if steps else "Spans of engine steps are missing."
     return Picture("batches", title, note + _of_repeat(result), figure)
 
 
@@ -302,7 +307,7 @@ def _requests(result: LoadResult) -> Picture:
     ends = [_at(repeat, tree.root.end_ns) for tree in rows]
     begin = min(0.0, _at(repeat, rows[0].root.start_ns))
     axes.set(
-        title=f"All {len(trees):,} requests" if len(rows) == len(trees) else f"The first {len(rows):,} of {len(trees):,} requests",
+        title=f"All {len(rows):,} requests" if rows == trees else f"The first {len(rows):,} of {len(trees):,} requests",
         xlabel="seconds",
         ylabel="request, in order of arrival",
         xlim=(begin, max(ends) + 0.01 * (max(ends) - begin)),
@@ -327,7 +332,8 @@ def _readable(trees: Sequence[RequestTree]) -> Sequence[RequestTree]:
 def _draw_request(axes: Axes, row: int, tree: RequestTree, who: str, repeat: Repeat, tips: list[str]) -> None:
     for span in tree.phases[:MOST_PHASES]:
         begin, end = _at(repeat, span.start_ns), _at(repeat, span.end_ns)
-        bar = Rectangle((begin, row - 0.4), end - begin, 0.8, color=canvas.PHASES[Phase(span.name)], linewidth=0, clip_on=False)
+        colour = canvas.PHASES[Phase(span.name)]
+        bar = Rectangle((begin, row - 0.4), end - begin, 0.8, color=colour, linewidth=0, clip_on=False)
         bar.set_gid(f"tip-{len(tips)}")
         axes.add_patch(bar)
         tips.append(f"{who}: {span.name} for {shown.seconds(end - begin)}, from {begin:.3f} s to {end:.3f} s")
@@ -345,7 +351,8 @@ def _at(repeat: Repeat, moment_ns: int) -> float:
 
 def _explain_phases(axes: Axes, rows: Sequence[RequestTree], *, has_errors: bool) -> None:
     seen = {span.name for tree in rows for span in tree.phases}
-    handles: list[Artist] = [Patch(color=colour, label=phase.value) for phase, colour in canvas.PHASES.items() if phase in seen]
+    phases = [(phase, colour) for phase, colour in canvas.PHASES.items() if phase in seen]
+    handles: list[Artist] = [Patch(color=colour, label=phase.value) for phase, colour in phases]
     if has_errors:
         handles += axes.plot([], [], "x", color=canvas.INK, markersize=4, label="failed")
     axes.legend(

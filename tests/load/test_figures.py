@@ -240,7 +240,7 @@ def bars_of(result: LoadResult) -> list[tuple[Any, ...]]:
 
 
 def test_bars_are_the_spans_of_phases() -> None:
-    """A row for each request in the order in which they came, each phase in its colour; ticks are chunks, a cross a failure."""
+    """A row for each request in the order of arrival, each phase in its colour; ticks are chunks, a cross is a failure."""
     result = made.load_result()
     repeat = result.repeats[0]
     phases = [one for one in repeat.spans if one.name in set(Phase)]
@@ -270,7 +270,9 @@ def test_bars_are_the_spans_of_phases() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("requests", "most_phases", "rows"), [(200, 3000, 200), (230, 3000, 200), (230, 100, 30), (5, 1, 1)])
+@pytest.mark.parametrize(
+    ("requests", "most_phases", "rows"), [(200, 3000, 200), (230, 3000, 200), (230, 100, 30), (5, 1, 1)]
+)
 def test_no_more_rows_than_can_be_read(
     requests: int, most_phases: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
