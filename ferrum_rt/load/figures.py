@@ -304,10 +304,11 @@ def _requests(result: LoadResult) -> Picture:
     axes.plot(*_sticks(chunks), color=canvas.INK, linewidth=0.6)
     errors = [(_at(repeat, tree.root.end_ns), row) for row, tree in enumerate(rows) if tree.root.is_error]
     axes.plot([at for at, _ in errors], [row for _, row in errors], "x", color=canvas.INK, markersize=4)
+    count = f"All {len(trees):,}" if len(rows) == len(trees) else f"The first {len(rows):,} of {len(trees):,}"
     ends = [_at(repeat, tree.root.end_ns) for tree in rows]
     begin = min(0.0, _at(repeat, rows[0].root.start_ns))
     axes.set(
-        title=f"All {len(rows):,} requests" if rows == trees else f"The first {len(rows):,} of {len(trees):,} requests",
+        title=f"{count} requests",
         xlabel="seconds",
         ylabel="request, in order of arrival",
         xlim=(begin, max(ends) + 0.01 * (max(ends) - begin)),
