@@ -356,9 +356,7 @@ def _explain_phases(axes: Axes, rows: Sequence[RequestTree], *, has_errors: bool
     handles: list[Artist] = [Patch(color=colour, label=phase.value) for phase, colour in phases]
     if has_errors:
         handles += axes.plot([], [], "x", color=canvas.INK, markersize=4, label="failed")
-    axes.legend(
-        handles=handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=6, handlelength=1.2, fontsize=8.5
-    )
+    axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=6, handlelength=1.2, fontsize=8.5)
 
 
 # -- a sweep --------------------------------------------------------------------------------------------------------------
@@ -401,9 +399,7 @@ def _frontier(result: SweepResult) -> Picture:
     return Picture("frontier", title, f"{note} Filled points met them, hollow ones did not.", figure)
 
 
-def _draw_points(
-    axes: Axes, rates: Sequence[float], values: Sequence[float], are_met: Sequence[bool], colour: str
-) -> None:
+def _draw_points(axes: Axes, rates: Sequence[float], values: Sequence[float], are_met: Sequence[bool], colour: str) -> None:
     axes.plot(rates, values, color=colour, linewidth=1.2)
     for is_met, face in ((True, colour), (False, canvas.PAPER)):
         shown_here = [(rate, value) for rate, value, met in zip(rates, values, are_met, strict=True) if met is is_met]

@@ -94,7 +94,7 @@ class _Numbers:
         """The number at this place, or a dash."""
         value = self._at(path)
         if value is None:
-            return Markup("–")
+            return Markup("&ndash;")
         return Markup('<data value="{exact}" data-key="{key}" data-value="{exact}">{text}</data>').format(
             key=".".join(map(str, path)), exact=msgspec.json.encode(value).decode(), text=_AS_TEXT[kind](value)
         )

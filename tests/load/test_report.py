@@ -196,7 +196,7 @@ def test_names_from_outside_are_text(tmp_path: Path) -> None:
     assert page.text.count(HOSTILE) >= 7
     kinds = [tag for tag, _ in page.tags]
     assert (kinds.count("script"), kinds.count("img")) == (1, 0)
-    assert set(kinds) == set(kind for kind, _ in harmless.tags)
+    assert set(kinds) == {kind for kind, _ in harmless.tags}
     assert json.loads(page.summary)["target"] == HOSTILE
     assert_is_the_json(page.readings, result)
 
@@ -248,7 +248,7 @@ def test_times_and_rates_are_rounded_to_three_digits(value: float) -> None:
 def test_shares_are_per_cent(value: float) -> None:
     """What is not all does not look like it, unless a ten-thousandth of a per cent is missing."""
     assert_shows(shown.share(value), value)
-    assert ("100.0 %" == shown.share(value)) == (value == 1.0)
+    assert (shown.share(value) == "100.0 %") == (value == 1.0)
 
 
 @given(st.integers(min_value=0, max_value=10**12))
