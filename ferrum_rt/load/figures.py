@@ -11,7 +11,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from ferrum_rt.interfaces import telemetry as names
 from ferrum_rt.interfaces.telemetry import Phase
@@ -19,10 +19,12 @@ from ferrum_rt.load import canvas, shown
 from ferrum_rt.load.results import LoadResult, Percentiles, Repeat, SpanRecord, SweepResult
 from ferrum_rt.load.spans import RequestTree, request_trees
 
-MOST_ROWS, MOST_PHASES = 200, 3000  # of the chart of requests: what can be read
+MOST_ROWS, MOST_PHASES = 150, 3000  # of the chart of requests: what can be read
+_WINDOW = 20  # and as many times as long as nine of ten requests
 _MOST_POINTS = 4000  # of a line
 # Engines record a step at least every 0.1 s while there are any: where there is none for so long, there was nothing to do.
 _IDLE_S = 0.25
+_BIN_WIDTHS = (0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds
 _Item = TypeVar("_Item")
 
 
@@ -115,10 +117,12 @@ def _scale_seconds(axes: Axes, which: str, values: Sequence[float]) -> None:
     least, most = min(values), max(values)
     if least > 0 and most / least > 20:
         (axes.set_xscale if which == "x" else axes.set_yscale)("log")
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if most / least < 200 else (1,)))
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if most / least < 30 else (1, 3) if most / least < 300 else (1,)))
         axis.set_minor_locator(NullLocator())
-    elif which == "y":
-        axes.set_ylim(bottom=0)
+    else:
+        axis.set_major_locator(MaxNLocator(4))
+        if which == "y":
+            axes.set_ylim(bottom=0)
     axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
 
 
@@ -141,21 +145,16 @@ def _throughput(result: LoadResult) -> Picture:
     figure = canvas.blank(4.4)
     tokens, requests = figure.subplots(2, 1, sharex=True)
     chunks = [chunk for record in repeat.requests for chunk in record.chunks]
-    width = _draw_rate(
-        tokens,
-        repeat,
-        [chunk.at_s for chunk in chunks],
-        [chunk.tokens for chunk in chunks],
-        color=canvas.BLUE,
-        most_bins=120,
-    )
-    tokens.set(title=f"Output tokens per second, in bins of {shown.seconds(width)}", ylim=(0, None))
-    due = [record.due_s for record in repeat.requests]
+    edges = _bins(repeat.duration_s, most=120)
+    _draw_rate(tokens, edges, [chunk.at_s for chunk in chunks], [chunk.tokens for chunk in chunks], color=canvas.BLUE)
+    tokens.set(title=f"Output tokens per second, in bins of {edges[1] - edges[0]:g} s", ylim=(0, None))
+    edges = _bins(repeat.duration_s, most=40)
     ended = [record.end_s for record in repeat.requests if record.error is None]
-    width = _draw_rate(requests, repeat, ended, [1] * len(ended), color=canvas.GREEN, label="completed")
-    _draw_rate(requests, repeat, due, [1] * len(due), color=canvas.GREY, label="due", fill=False)
+    _draw_rate(requests, edges, ended, [1] * len(ended), color=canvas.GREEN, label="completed")
+    due = [record.due_s for record in repeat.requests]
+    _draw_rate(requests, edges, due, [1] * len(due), color=canvas.MUTED, label="due", fill=False)
     requests.set(
-        title=f"Requests per second, in bins of {shown.seconds(width)}",
+        title=f"Requests per second, in bins of {edges[1] - edges[0]:g} s",
         xlabel="seconds",
         xlim=(0, repeat.duration_s),
         ylim=(0, None),
@@ -165,25 +164,28 @@ def _throughput(result: LoadResult) -> Picture:
     return Picture("throughput", "Throughput over time", note + _of_repeat(result), figure)
 
 
+def _bins(duration_s: float, most: int) -> list[float]:
+    """Edges of equal bins of a round width, ``most`` of them; the last one takes what is left, half of a bin or more."""
+    width = next((width for width in _BIN_WIDTHS if duration_s <= width * most), duration_s / most)
+    count = max(1, round(duration_s / width))
+    return [*(width * number for number in range(count)), duration_s]
+
+
 def _draw_rate(
     axes: Axes,
-    repeat: Repeat,
+    edges: Sequence[float],
     moments: Sequence[float],
     weights: Sequence[int],
     *,
     color: str,
     label: str | None = None,
     fill: bool = True,
-    most_bins: int = 40,
-) -> float:
-    """Per second, in equal bins, whose width (seconds) it returns."""
-    bins = max(1, min(most_bins, int(repeat.duration_s / 0.25)))
-    width = repeat.duration_s / bins
-    counts, edges = np.histogram(moments, bins, range=(0.0, repeat.duration_s), weights=weights)
+) -> None:
+    """Per second."""
+    rates = np.histogram(moments, edges, weights=weights)[0] / np.diff(edges)
     if fill:
-        axes.stairs(counts / width, edges, color=color, fill=True, alpha=0.22)
-    axes.stairs(counts / width, edges, color=color, linewidth=1.4, label=label)
-    return width
+        axes.stairs(rates, edges, color=color, fill=True, alpha=0.22)
+    axes.stairs(rates, edges, color=color, linewidth=1.4, linestyle="-" if fill else "--", label=label)
 
 
 class _Step(NamedTuple):
@@ -197,7 +199,9 @@ def _batches(result: LoadResult) -> Picture:
     title, repeat = "Batches over time", result.repeats[0]
     steps, samples = _steps(repeat), _thin(repeat.samples)
     if not steps and not samples:
-        return Picture("batches", title, "No spans of engine steps were recorded, and nobody looked at the engine.", None)
+        return Picture(
+            "batches", title, "No spans of the engine's steps were recorded, and nobody looked at it while it ran.", None
+        )
     figure = canvas.blank(1.2 + 1.7 * (2 * bool(steps) + bool(samples)))
     panels = iter(figure.subplots(2 * bool(steps) + bool(samples), 1, sharex=True, squeeze=False)[:, 0])
     if steps:
@@ -217,7 +221,9 @@ def _batches(result: LoadResult) -> Picture:
         axes.set(title="Requests in the engine", ylim=(0, None))
         _legend(axes)
     axes.set(xlabel="seconds", xlim=(0, repeat.duration_s))
-    note = "Of engine steps ten a second are recorded, as spans." if steps else "Spans of engine steps are missing."
+    note = (
+        "Of the engine's steps at most ten a second are recorded." if steps else "Spans of the engine's steps are missing."
+    )
     return Picture("batches", title, note + _of_repeat(result), figure)
 
 
@@ -290,44 +296,58 @@ def _requests(result: LoadResult) -> Picture:
     """A row for each request, in the order in which they came."""
     title, repeat = "Requests", result.repeats[0]
     trees = request_trees(repeat.spans)
-    rows = _readable(trees)
-    if not rows:
+    if not trees:
         return Picture("requests", title, "No spans of requests were recorded.", None)
-    figure = canvas.blank(min(9.0, 1.3 + 0.05 * max(len(rows), 12)))
+    readable = _readable(trees)
+    rows = [(number + 1, trees[number]) for number in readable]
+    figure = canvas.blank(min(9.0, 1.3 + 0.07 * max(len(rows), 12)))
     axes = figure.subplots()
     clients = {record.trace_id: record.client for record in repeat.requests if record.trace_id is not None}
     tips: list[str] = []
-    for row, tree in enumerate(rows):
+    for row, tree in rows:
         client = tree.root.attributes.get(names.CLIENT, clients.get(tree.root.trace_id, ""))
-        _draw_request(axes, row, tree, f"request {row + 1} of {client}" if client else f"request {row + 1}", repeat, tips)
-    chunks = [(_at(repeat, at), row - 0.4, row + 0.4) for row, tree in enumerate(rows) for at in _chunks(tree)]
+        _draw_request(axes, row, tree, f"request {row} of {client}" if client else f"request {row}", repeat, tips)
+    chunks = [(_at(repeat, at), row - 0.4, row + 0.4) for row, tree in rows for at in _chunks(tree)]
     axes.plot(*_sticks(chunks), color=canvas.INK, linewidth=0.6)
-    errors = [(_at(repeat, tree.root.end_ns), row) for row, tree in enumerate(rows) if tree.root.is_error]
+    errors = [(_at(repeat, tree.root.end_ns), row) for row, tree in rows if tree.root.is_error]
     axes.plot([at for at, _ in errors], [row for _, row in errors], "x", color=canvas.INK, markersize=4)
-    count = f"All {len(trees):,}" if len(rows) == len(trees) else f"The first {len(rows):,} of {len(trees):,}"
-    ends = [_at(repeat, tree.root.end_ns) for tree in rows]
-    begin = min(0.0, _at(repeat, rows[0].root.start_ns))
+    begin, end = _at(repeat, rows[0][1].root.start_ns), max(_at(repeat, tree.root.end_ns) for _, tree in rows)
+    margin = 0.01 * (end - begin)
     axes.set(
-        title=f"{count} requests",
+        title=_told(readable, len(trees)),
         xlabel="seconds",
         ylabel="request, in order of arrival",
-        xlim=(begin, max(ends) + 0.01 * (max(ends) - begin)),
-        ylim=(len(rows) - 0.4, -0.6),
+        xlim=(begin - margin, end + margin),
+        ylim=(rows[-1][0] + 0.6, rows[0][0] - 0.6),
     )
     axes.grid(visible=False, axis="y")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     _explain_phases(axes, rows, has_errors=bool(errors))
     note = "Drawn from the spans. A tick is a step that computes a part of a prompt; point at a bar to read it."
     return Picture("requests", title, note + _of_repeat(result), figure, tips)
 
 
-def _readable(trees: Sequence[RequestTree]) -> Sequence[RequestTree]:
-    """The first of them, but at least one."""
-    phases = 0
-    for number, tree in enumerate(trees[:MOST_ROWS]):
-        phases += len(tree.phases)
-        if number and phases > MOST_PHASES:
-            return trees[:number]
-    return trees[:MOST_ROWS]
+def _readable(trees: Sequence[RequestTree]) -> range:
+    """Where most requests came in so short a time that the longer ones of them can be seen: as indices, of one at least."""
+    durations = sorted(tree.root.end_ns - tree.root.start_ns for tree in trees)
+    window_ns = _WINDOW * durations[int(0.9 * len(durations))]
+    best, end, phases = range(0), 0, 0
+    for begin, first in enumerate(trees):
+        while end < len(trees) and end - begin < MOST_ROWS:
+            too_late = trees[end].root.start_ns - first.root.start_ns > window_ns
+            if end > begin and (too_late or phases + len(trees[end].phases) > MOST_PHASES):
+                break
+            phases += len(trees[end].phases)
+            end += 1
+        best = max(best, range(begin, end), key=len)
+        phases -= len(first.phases)
+    return best
+
+
+def _told(shown_here: range, total: int) -> str:
+    if len(shown_here) == total:
+        return f"All {total:,} requests"
+    return f"Requests {shown_here.start + 1:,} to {shown_here.stop:,} of {total:,}, where they came the closest"
 
 
 def _draw_request(axes: Axes, row: int, tree: RequestTree, who: str, repeat: Repeat, tips: list[str]) -> None:
@@ -350,8 +370,8 @@ def _at(repeat: Repeat, moment_ns: int) -> float:
     return (moment_ns - repeat.began_ns) / 1e9
 
 
-def _explain_phases(axes: Axes, rows: Sequence[RequestTree], *, has_errors: bool) -> None:
-    seen = {span.name for tree in rows for span in tree.phases}
+def _explain_phases(axes: Axes, rows: Sequence[tuple[int, RequestTree]], *, has_errors: bool) -> None:
+    seen = {span.name for _, tree in rows for span in tree.phases}
     phases = [(phase, colour) for phase, colour in canvas.PHASES.items() if phase in seen]
     handles: list[Artist] = [Patch(color=colour, label=phase.value) for phase, colour in phases]
     if has_errors:

@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 import msgspec
+import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
@@ -36,21 +37,19 @@ def axes_of(result: LoadResult | SweepResult, name: str) -> list[Axes]:
     return figure.axes
 
 
-def points_of(line: Line2D) -> list[tuple[float, float]]:
-    across, along = line.get_data()
-    return [(float(x), float(y)) for x, y in zip(across, along, strict=True)]
+def points_of(line: Line2D) -> list[tuple[Any, ...]]:
+    return [tuple(point) for point in np.column_stack(line.get_data()).astype(float).tolist()]
 
 
-def lines_of(axes: Axes) -> dict[str, list[tuple[float, float]]]:
+def lines_of(axes: Axes) -> dict[str, list[tuple[Any, ...]]]:
     """By what the legend calls them."""
     return {str(line.get_label()): points_of(line) for line in axes.lines}
 
 
 def top_of(axes: Axes, layer: int, at: float) -> float:
     """How high a layer of a stack reaches at a time."""
-    outline = axes.collections[layer].get_paths()[0].vertices
-    here = [y for x, y in outline if abs(x - at) < 1e-9]  # type: ignore[union-attr]
-    return float(max(here))
+    outline = np.asarray(axes.collections[layer].get_paths()[0].vertices)
+    return float(outline[np.abs(outline[:, 0] - at) < 1e-9, 1].max())
 
 
 # -- files ----------------------------------------------------------------------------------------------------------------
@@ -249,7 +248,7 @@ def test_bars_are_the_spans_of_phases() -> None:
 
     bars = bars_of(result)
 
-    rows = {f"{row + 1:032x}": row for row in range(12)}
+    rows = {f"{row:032x}": row for row in range(1, 13)}
     assert bars == [
         (
             rows[one.trace_id],
@@ -262,7 +261,7 @@ def test_bars_are_the_spans_of_phases() -> None:
     (axes,) = axes_of(result, "requests")
     ticks, crosses, *_ = axes.lines
     assert len([x for x, _ in points_of(ticks) if math.isnan(x)]) == 2 * 12
-    assert points_of(crosses) == [(pytest.approx(repeat.requests[8].end_s), 8.0)]
+    assert points_of(crosses) == [(pytest.approx(repeat.requests[8].end_s), 9.0)]
     drawn = picture(result, "requests")
     assert len(drawn.tips) == len(phases)
     assert drawn.tips[0] == "request 1 of ada: queue for 20.0 ms, from 0.001 s to 0.021 s"
@@ -271,20 +270,39 @@ def test_bars_are_the_spans_of_phases() -> None:
     assert [text.get_text() for text in legend.get_texts()] == [*(phase.value for phase in Phase), "failed"]
 
 
+def crowd(*numbers: int) -> LoadResult:
+    """So many requests come at once, 0.1 s after those before; each takes 0.22 s."""
+    requests = [
+        msgspec.structs.replace(made.request(index), trace_id=f"{10 * index + twin + 1:032x}", index=10 * index + twin)
+        for index, number in enumerate(numbers)
+        for twin in range(number)
+    ]
+    return made.load_result(made.repeat(requests))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("requests", "most_phases", "rows"), [(200, 3000, 200), (230, 3000, 200), (230, 100, 30), (5, 1, 1)]
+    ("result", "most_phases", "title"),
+    [
+        (crowd(*[1] * 30), 3000, "All 30 requests"),
+        (crowd(*[3] * 60), 3000, "Requests 1 to 135 of 180, where they came the closest"),
+        (crowd(*[1] * 60, *[2] * 20), 3000, "Requests 36 to 100 of 100, where they came the closest"),
+        (crowd(*[5] * 60), 3000, "Requests 1 to 150 of 300, where they came the closest"),
+        (crowd(1, 1, 1), 5, "Requests 1 to 1 of 3, where they came the closest"),
+    ],
 )
-def test_no_more_rows_than_can_be_read(requests: int, most_phases: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first ones, and the figure says of how many."""
+def test_no_more_rows_than_can_be_read(
+    result: LoadResult, most_phases: int, title: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the time in which most came, and the figure says which they are."""
     monkeypatch.setattr(figures, "MOST_PHASES", most_phases)
-    result = made.load_result(made.repeat([made.request(index, tokens=2) for index in range(requests)]))
 
     (axes,) = axes_of(result, "requests")
 
-    assert max(row for row, *_ in bars_of(result)) == rows - 1
-    expected = f"All {requests} requests" if rows == requests else f"The first {rows} of {requests} requests"
-    assert axes.get_title(loc="left") == expected
+    assert axes.get_title(loc="left") == title
+    rows = {row for row, *_ in bars_of(result)}
+    first, last = (int(number) for number in (re.findall(r"\d+", title) if "to" in title else (1, 30))[:2])
+    assert rows == set(range(first, last + 1))
 
 
 def test_the_frontier() -> None:

@@ -166,8 +166,8 @@ def test_a_figure_that_is_left_out_says_why(case: str, tmp_path: Path) -> None:
     page = Reader(page_of(CASES[case], tmp_path))
 
     reasons = {
-        "no spans": ["No spans of requests were recorded.", "Spans of engine steps are missing."],
-        "neither": ["No spans of engine steps were recorded", "Nobody looked at the engine while it ran."],
+        "no spans": ["No spans of requests were recorded.", "Spans of the engine's steps are missing."],
+        "neither": ["No spans of the engine's steps were recorded", "Nobody looked at the engine while it ran."],
         "errors only": ["No request was completed."],
         "sweep of nothing": ["No rate was tried."],
     }[case]
