@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from ferrum_rt.interfaces import telemetry as names
 from ferrum_rt.interfaces.telemetry import Phase
 from ferrum_rt.load import canvas, shown
-from ferrum_rt.load.results import LoadResult, Percentiles, Repeat, SpanRecord, SweepResult
+from ferrum_rt.load.results import Limits, LoadResult, Percentiles, Repeat, SpanRecord, SweepResult
 from ferrum_rt.load.spans import RequestTree, request_trees
 
 MOST_ROWS, MOST_PHASES = 150, 3000  # of the chart of requests: what can be read
@@ -80,9 +80,11 @@ def _latencies(result: LoadResult) -> Picture:
     row[0].set(ylabel="share that took no longer", ylim=(0, 1.02))
     row[0].yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.0f} %"))
     note = "Of completed requests, from the time at which they were due."
-    if limits.itl_s is not None:
-        note += " The limit of the time between tokens holds for a request's mean."
-    return Picture("latency", "Latency", note, figure)
+    return Picture("latency", "Latency", note + _of_means(limits), figure)
+
+
+def _of_means(limits: Limits) -> str:
+    return "" if limits.itl_s is None else " The limit of the time between tokens holds for a request's mean."
 
 
 def _draw_shares(axes: Axes, values: Sequence[float], colour: str, limit: float | None) -> None:
@@ -219,6 +221,7 @@ def _batches(result: LoadResult) -> Picture:
             counts = [getattr(sample, name) for sample in samples]
             axes.plot([sample.at_s for sample in samples], counts, color=colour, label=name, drawstyle="steps-post")
         axes.set(title="Requests in the engine", ylim=(0, None))
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         _legend(axes)
     axes.set(xlabel="seconds", xlim=(0, repeat.duration_s))
     note = (
@@ -267,6 +270,7 @@ def _stack(
 ) -> None:
     axes.stackplot(at, *layers, labels=labels, colors=colours, step="post", linewidth=0)
     axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     _legend(axes)
 
 
@@ -329,17 +333,18 @@ def _requests(result: LoadResult) -> Picture:
 
 def _readable(trees: Sequence[RequestTree]) -> range:
     """Where most requests came in so short a time that the longer ones of them can be seen: as indices, of one at least."""
+    starts = [tree.root.start_ns for tree in trees]
     durations = sorted(tree.root.end_ns - tree.root.start_ns for tree in trees)
     window_ns = _WINDOW * durations[int(0.9 * len(durations))]
-    best, end, phases = range(0), 0, 0
+    best, end, phases = range(1), 0, 0
     for begin, first in enumerate(trees):
         while end < len(trees) and end - begin < MOST_ROWS:
-            too_late = trees[end].root.start_ns - first.root.start_ns > window_ns
+            too_late = starts[end] - starts[begin] > window_ns
             if end > begin and (too_late or phases + len(trees[end].phases) > MOST_PHASES):
                 break
             phases += len(trees[end].phases)
             end += 1
-        best = max(best, range(begin, end), key=len)
+        best = max(best, range(begin, end), key=lambda rows: (len(rows), starts[rows[0]] - starts[rows[-1]]))
         phases -= len(first.phases)
     return best
 
@@ -408,15 +413,17 @@ def _frontier(result: SweepResult) -> Picture:
     if result.highest_rate is None:
         note = "No rate that was tried met the limits."
     else:
+        is_left = 2 * result.highest_rate < rates[0] + rates[-1]
         shares.annotate(
             f"{shown.rate(result.highest_rate)} requests/s",
             (result.highest_rate, 0.05),
-            xytext=(6, 0),
+            xytext=(6, 0) if is_left else (-6, 0),
             textcoords="offset points",
+            ha="left" if is_left else "right",
             color=canvas.INK,
         )
         note = "The band marks the highest rate that met the limits."
-    return Picture("frontier", title, f"{note} Filled points met them, hollow ones did not.", figure)
+    return Picture("frontier", title, f"{note} Filled points met them, hollow ones did not.{_of_means(limits)}", figure)
 
 
 def _draw_points(axes: Axes, rates: Sequence[float], values: Sequence[float], are_met: Sequence[bool], colour: str) -> None:

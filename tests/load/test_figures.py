@@ -24,6 +24,7 @@ from ferrum_rt.load.results import LoadResult, SweepResult
 from tests.load import made
 
 CASES = made.edge_cases()
+pytestmark = pytest.mark.slow  # each draws
 ALL = ["latency", "throughput", "batches", "pages", "requests"]
 
 
@@ -55,7 +56,6 @@ def heights_of(axes: Axes, layer: int, at: float) -> set[float]:
 # -- files ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_there_is_a_png_for_whatever_can_be_drawn(case: str, tmp_path: Path) -> None:
     """Twice as fine as it is shown; of the others one is told why."""
@@ -82,7 +82,6 @@ def test_there_is_a_png_for_whatever_can_be_drawn(case: str, tmp_path: Path) -> 
         assert one.note.endswith(".")
 
 
-@pytest.mark.slow
 def test_drawing_leaves_matplotlib_as_it_was(tmp_path: Path) -> None:
     """A host that draws too keeps its settings, and its choice of a backend."""
     before = dict(matplotlib.rcParams)
@@ -97,7 +96,6 @@ def test_drawing_leaves_matplotlib_as_it_was(tmp_path: Path) -> None:
 # -- SVG ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_svg_takes_its_colours_from_the_page() -> None:
     """All of them by name, so none is lost on a dark page; what a tip says stays as it is."""
     drawn = picture(made.load_result(), "requests")
@@ -117,7 +115,6 @@ def test_svg_takes_its_colours_from_the_page() -> None:
     assert "<style" not in svg
 
 
-@pytest.mark.slow
 def test_svg_is_the_same_each_time() -> None:
     """A report of the same result is the same to the letter."""
     first, again = (
@@ -282,7 +279,6 @@ def crowd(*numbers: int) -> LoadResult:
     return made.load_result(made.repeat(requests))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("result", "most_phases", "title"),
     [
@@ -290,6 +286,7 @@ def crowd(*numbers: int) -> LoadResult:
         (crowd(*[3] * 60), 3000, "Requests 1 to 135 of 180, where they came the closest"),
         (crowd(*[1] * 60, *[2] * 20), 3000, "Requests 36 to 100 of 100, where they came the closest"),
         (crowd(*[1] * 60, *[2] * 20), 300, "Requests 36 to 100 of 100, where they came the closest"),
+        (crowd(*[5] * 40, *[6] * 40), 3000, "Requests 201 to 350 of 440, where they came the closest"),
         (crowd(*[5] * 60), 3000, "Requests 1 to 150 of 300, where they came the closest"),
         (crowd(1, 1, 1), 5, "Requests 1 to 1 of 3, where they came the closest"),
     ],

@@ -308,6 +308,7 @@ def test_a_browser_sees_no_more_than_text_in_names(browser: chromium.Chromium, t
     tips = page.evaluate("[...document.querySelectorAll('svg g > title')].map(one => one.textContent)")
     for row, tip in zip((1, 1, 1, 2, 2, 2), tips, strict=True):
         assert tip.startswith(f"request {row} of {HOSTILE}: ")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1200
     assert page.requested == [path.as_uri()]
     assert page.complaints == []
 
