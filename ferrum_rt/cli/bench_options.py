@@ -7,15 +7,15 @@ from typing import Any
 from ferrum_rt.cli.options import add_engine_options, add_json_option
 
 # Options of the workload, which a trace has of its own; left out they are these. The means of the sizes are those of
-# conversations in ShareGPT; the standard deviations are ours, for tails as long as those have.
+# conversations in ShareGPT; that the standard deviations are as large is our choice, for a long tail.
 DRAWN: dict[str, Any] = {
     "requests": 200,
     "duration": None,
     "rate": None,
     "burstiness": 1.0,
     "concurrency": 8,
-    "prompt_tokens": "lognormal:202,250",
-    "output_tokens": "lognormal:179,170",
+    "prompt_tokens": "lognormal:202,202",
+    "output_tokens": "lognormal:179,179",
     "shared_prefix": None,
 }
 WARMUP = 10

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 # A server's name → its models.
-SERVERS = {
+SERVERS: dict[str, list[str]] = {
     "vllm": ["demo"],
     "counts-at-the-end": ["demo"],
     "never-counts": ["demo"],

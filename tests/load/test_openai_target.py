@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -33,6 +34,11 @@ pytestmark = pytest.mark.slow  # a server takes a second to start
 def url() -> Iterator[str]:
     with openai_servers() as url:
         yield url
+
+
+def asked_last(url: str) -> Any:
+    """The last request that the servers had."""
+    return httpx.get(f"{url}/last", trust_env=False).json()
 
 
 def beginning_with(*tokens: int) -> list[LoadRequest]:
@@ -67,7 +73,7 @@ async def test_what_a_request_asks_for(url: str) -> None:
         assert (target.model, target.max_model_len) == ("demo", 64)
         await run_load(target, beginning_with(5))
 
-    asked = httpx.get(f"{url}/last", trust_env=False).json()
+    asked = asked_last(url)
     assert asked == {
         "body": {
             "model": "demo",
@@ -89,7 +95,7 @@ async def test_a_request_takes_its_trace_along(url: str, recorder: SpanRecorder)
 
     [span] = recorder.take()
     assert span.trace_id == record.trace_id
-    asked = httpx.get(f"{url}/last", trust_env=False).json()
+    asked = asked_last(url)
     assert asked["traceparent"] == f"00-{span.trace_id}-{span.span_id}-01"
 
 

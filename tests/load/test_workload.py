@@ -34,7 +34,7 @@ def test_a_seed_decides_everything() -> None:
 @pytest.mark.parametrize("name", ["prompt_tokens", "output_tokens"])
 def test_sizes_left_out_are_like_sharegpt(name: str) -> None:
     """Their mean and standard deviation are those that the option's default says: 202 tokens in, 179 out."""
-    mean, deviation = {"prompt_tokens": (202, 250), "output_tokens": (179, 170)}[name]
+    mean, deviation = {"prompt_tokens": (202, 202), "output_tokens": (179, 179)}[name]
 
     requests = draw(Load(requests=6000, prompt=FIXED, output=Sizes.parse(DRAWN[name])))
 
@@ -76,8 +76,8 @@ def test_prefixes_are_shared() -> None:
 
 @given(
     max_model_len=st.integers(2, 600),
-    prompt=st.sampled_from(["1", "500", "uniform:1,600", "lognormal:202,250"]),
-    output=st.sampled_from(["1", "700", "lognormal:179,170"]),
+    prompt=st.sampled_from(["1", "500", "uniform:1,600", "lognormal:202,202"]),
+    output=st.sampled_from(["1", "700", "lognormal:179,179"]),
     prefixes=st.sampled_from([None, SharedPrefixes(3, 40)]),
 )
 def test_requests_are_cut_to_what_the_model_takes(
