@@ -37,6 +37,7 @@ GATHERS = 9100  # answers when so many requests are under way as the prompt's se
 
 app = Starlette()
 app.state.num_gathered, app.state.all_here = 0, asyncio.Event()
+app.state.num_open = 0
 
 
 async def models(request: Request) -> Response:
@@ -59,7 +60,16 @@ async def completions(request: Request) -> Response:
         return JSONResponse({"error": {"message": "later"}}, 503)
     if first == NO_STREAM:
         return JSONResponse({"choices": [{"text": "x"}]})
-    return StreamingResponse(events(server, body, first), media_type="text/event-stream")
+    return StreamingResponse(counted(events(server, body, first)), media_type="text/event-stream")
+
+
+async def counted(stream: AsyncIterator[str]) -> AsyncIterator[str]:
+    app.state.num_open += 1
+    try:
+        async for event in stream:
+            yield event
+    finally:
+        app.state.num_open -= 1
 
 
 async def events(server: str, body: dict[str, Any], first: int) -> AsyncIterator[str]:
@@ -99,6 +109,11 @@ def event_of(chunk: dict[str, Any]) -> str:
     return f": a comment\ndata: {msgspec.json.encode(chunk).decode()}\n\n"
 
 
+async def num_open(request: Request) -> Response:
+    """Streams that have not come to their end."""
+    return JSONResponse(app.state.num_open)
+
+
 async def last(request: Request) -> Response:
     """What was asked last."""
     return JSONResponse(app.state.last)
@@ -107,6 +122,7 @@ async def last(request: Request) -> Response:
 app.routes.extend(
     [
         Route("/last", last),
+        Route("/open", num_open),
         Route("/{server}/v1/models", models),
         Route("/{server}/v1/completions", completions, methods=["POST"]),
     ]

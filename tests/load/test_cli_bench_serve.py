@@ -272,6 +272,23 @@ def test_ctrl_c_ends_a_load_cleanly(cli: Cli, tmp_path: Path) -> None:
     assert (process.returncode, out, err) == (130, b"", b"")
 
 
+@pytest.mark.slow
+def test_a_daemon_that_dies_under_the_load(cli: Cli, tmp_path: Path) -> None:
+    """Those who were under way, and all who come later, count as connection_lost, and there is a report."""
+    path = tmp_path / "s"
+    with running_daemon(path) as serving:
+        command = ("bench", "serve", "--connect", str(path), "--requests", "20", "--output-tokens", "900", "--warmup", "0", "--json")
+        with start(*command) as process:
+            deadline = time.monotonic() + LIMIT_S
+            while report(cli, str(path)).status.requests.running < 8:
+                assert time.monotonic() < deadline
+            serving.kill()
+            out, err = process.communicate(timeout=LIMIT_S)
+
+    assert (process.returncode, err) == (1, b"")
+    assert json.loads(out)["summary"]["errors"] == {"connection_lost": 20}
+
+
 @pytest.fixture(scope="module")
 def servers() -> Iterator[str]:
     with openai_servers() as url:

@@ -2,9 +2,12 @@
 
 import socket
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+import anyio
 import httpx
+import msgspec
 import pytest
 
 from ferrum_rt.interfaces.errors import (
@@ -18,12 +21,13 @@ from ferrum_rt.interfaces.errors import (
     Unsupported,
 )
 from ferrum_rt.interfaces.types import TokenId
+from ferrum_rt.load.driver import put_on
 from ferrum_rt.load.measures import summarize
 from ferrum_rt.load.openai_target import open_openai
 from ferrum_rt.load.results import Limits
 from ferrum_rt.load.spans import SpanRecorder
 from ferrum_rt.load.workload import LoadRequest
-from tests.load.fakes import run_load
+from tests.load.fakes import ignore, run_load
 from tests.load.openai_server import BROKEN, BUSY, ERROR, GATHERS, HANGS_UP, NO_STREAM, NONSENSE
 from tests.load.serving import openai_servers
 
@@ -39,6 +43,11 @@ def url() -> Iterator[str]:
 def asked_last(url: str) -> Any:
     """The last request that the servers had."""
     return httpx.get(f"{url}/last", trust_env=False).json()
+
+
+async def num_open(url: str) -> int:
+    async with httpx.AsyncClient(trust_env=False) as client:
+        return int((await client.get(f"{url}/open")).text)
 
 
 def beginning_with(*tokens: int) -> list[LoadRequest]:
@@ -129,6 +138,21 @@ async def test_errors_count_by_what_they_are(url: str) -> None:
     ]
     assert [record.output_tokens for record in repeat.requests] == [7, 0, 0, 2, 2, 2, 2, 0, 7]
     assert summarize([repeat], Limits()).errors["http_503"] == 2
+
+
+async def test_a_load_that_is_cancelled_hangs_up(url: str) -> None:
+    """The server has none of its streams open any more, and nothing of theirs is left here."""
+    load = [msgspec.structs.replace(request, output_tokens=1_000_000) for request in beginning_with(1, 2, 3)]
+    async with open_openai(f"{url}/vllm") as target:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(partial(put_on, target, load, concurrency=1, on_end=ignore))
+            with anyio.fail_after(10):
+                while await num_open(url) != 3:
+                    pass
+                tasks.cancel_scope.cancel()
+    with anyio.fail_after(10):
+        while await num_open(url):
+            pass
 
 
 async def test_one_of_several_models_is_named(url: str) -> None:
