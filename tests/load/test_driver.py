@@ -7,7 +7,7 @@ from functools import partial
 
 import anyio
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ferrum_rt.interfaces.errors import BackendError
@@ -77,6 +77,7 @@ async def test_a_sender_that_is_late_tells() -> None:
 # -- the closed loop ------------------------------------------------------------------------------------------------------
 
 
+@settings(max_examples=50, deadline=None)
 @given(count=st.integers(1, 30), concurrency=st.integers(1, 12))
 def test_so_many_are_under_way_at_a_time(count: int, concurrency: int) -> None:
     """All that there are users for, and never more; each request is sent once, and is due when it is sent."""

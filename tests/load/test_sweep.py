@@ -62,6 +62,7 @@ class Cliff:
         return summary_of(records, Limits())
 
 
+@settings(max_examples=50, deadline=None)
 @given(capacity=st.floats(0.01, 1e4), begin=st.floats(0.1, 100))
 def test_a_known_capacity_is_found(capacity: float, begin: float) -> None:
     """Within 5 % below it, from wherever the search begins, and every rate at most that was met, every higher one not."""

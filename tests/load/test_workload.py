@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ferrum_rt.cli.bench_options import DRAWN
@@ -74,6 +74,7 @@ def test_prefixes_are_shared() -> None:
     assert len(rests) == 400
 
 
+@settings(deadline=None)
 @given(
     max_model_len=st.integers(2, 600),
     prompt=st.sampled_from(["1", "500", "uniform:1,600", "lognormal:202,202"]),
