@@ -91,7 +91,9 @@ def _parser() -> Parser:
     add_simulate_options(sub)
     sub.set_defaults(command=_simulate)
 
-    sub = commands.add_parser("bench", help="measure: a load, the highest rate, types of keys and values", allow_abbrev=False)
+    sub = commands.add_parser(
+        "bench", help="measure: a load, the highest rate, types of keys and values", allow_abbrev=False
+    )
     add_bench_commands(sub)
 
     sub = commands.add_parser("doctor", help="show what is installed, and try it", allow_abbrev=False)

@@ -31,7 +31,10 @@ def add_serve_bench_options(parser: argparse.ArgumentParser) -> None:
     workload.add_argument("--duration", metavar="S", type=float, help="instead: as many as come in S seconds at --rate")
     workload.add_argument("--rate", metavar="R", type=float, help="open loop: R a second, whatever became of those before")
     workload.add_argument(
-        "--burstiness", metavar="CV", type=float, help="of --rate: 0 is a metronome, 1 is Poisson, more are bursts (default: 1)"
+        "--burstiness",
+        metavar="CV",
+        type=float,
+        help="of --rate: 0 is a metronome, 1 is Poisson, more are bursts (default: 1)",
     )
     workload.add_argument(
         "--concurrency", metavar="C", type=int, help=f"closed loop: so many under way at a time {shown['concurrency']}"
@@ -113,7 +116,11 @@ def _add_size_options(group: "argparse._ArgumentGroup") -> None:
     )
     group.add_argument("--seed", metavar="S", type=int, default=0, help="the same seed gives the same requests (default: 0)")
     group.add_argument(
-        "--warmup", metavar="N", type=int, default=WARMUP, help=f"so many are sent before, and not counted (default: {WARMUP})"
+        "--warmup",
+        metavar="N",
+        type=int,
+        default=WARMUP,
+        help=f"so many are sent before, and not counted (default: {WARMUP})",
     )
 
 

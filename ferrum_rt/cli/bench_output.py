@@ -13,7 +13,7 @@ _DRAW_EVERY_S = 0.1
 
 
 class Progress:
-    """A line on standard error that is drawn again as requests end, and is gone when it is left; nothing where nobody can see
+    """A line on standard error that is drawn again as requests end, and is gone in the end; nothing where nobody can see
     it."""
 
     def __init__(self) -> None:

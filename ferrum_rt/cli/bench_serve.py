@@ -35,8 +35,8 @@ WARMUP_CONCURRENCY = 4
 
 
 def bench_serve(arguments: argparse.Namespace) -> int:
-    """Print what was found; 1 if no request came to its end. Raises UsageError and ConfigError before anything is opened, and
-    what opening it raises."""
+    """Print what was found; 1 if no request came to its end. Raises UsageError and ConfigError before anything is opened,
+    and what opening it raises."""
     check_numbers(arguments)
     check_target(arguments)
     check_report(arguments)

@@ -1,5 +1,6 @@
 """The spans that a daemon under test has written, brought to the requests that they tell of."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,12 +16,14 @@ LOOK_EVERY_S = 0.2
 
 
 async def with_spans_of_daemon(path: Path, repeats: Sequence[Repeat]) -> list[Repeat]:
-    """As soon as the file has the spans of every completed request, or else after ``LIMIT_S`` with what it has by then. Raises
+    """As soon as the file has those of every completed request, or else after ``LIMIT_S`` with what it has by then. Raises
     ConfigError for a file that has something else in it."""
-    with anyio.move_on_after(LIMIT_S):
-        while any(num_untraced(repeat.requests, repeat.spans) for repeat in (found := _joined(path, repeats))):
-            await anyio.sleep(LOOK_EVERY_S)
-    return found
+    give_up_at = time.monotonic() + LIMIT_S
+    while True:
+        found = _joined(path, repeats)
+        if not any(num_untraced(repeat.requests, repeat.spans) for repeat in found) or time.monotonic() > give_up_at:
+            return found
+        await anyio.sleep(LOOK_EVERY_S)
 
 
 def _joined(path: Path, repeats: Sequence[Repeat]) -> list[Repeat]:

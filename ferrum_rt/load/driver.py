@@ -29,7 +29,7 @@ _TRACER = trace.get_tracer("ferrum_rt.load")
 async def put_on(
     target: Target, requests: Sequence[LoadRequest], *, concurrency: int, on_end: Callable[[RequestRecord], None]
 ) -> Repeat:
-    """Until the last request has ended. They all have a ``due_s``, or none has; then ``concurrency`` are under way at a time.
+    """Until the last request has ended. They all have a ``due_s``, or none has: then ``concurrency`` are under way at once.
     ``on_end`` hears of each that ends."""
     run = _Run(target, on_end)
     async with anyio.create_task_group() as tasks:

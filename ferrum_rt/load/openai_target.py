@@ -1,6 +1,6 @@
 """A server that speaks OpenAI's protocol, as a target: vLLM, SGLang, llama.cpp and others. Needs the extra ``bench``.
 
-Requests go to ``/v1/completions`` with token ids as their prompt, and are told to generate to the last token (``ignore_eos``).
+Requests go to ``/v1/completions`` with token ids as a prompt, and are told to generate to the last token (``ignore_eos``).
 How many tokens a chunk brings its text does not say: it may hold back half a character, or bring several tokens at once. So
 the server is asked for its count with each chunk (``continuous_usage_stats``). One that counts only at the end is taken to
 send a token with each text, and what the total has more is counted with the last chunk.
@@ -73,9 +73,9 @@ _CHUNKS = msgspec.json.Decoder(_Chunk)
 
 @asynccontextmanager
 async def open_openai(url: str, model: str | None = None) -> AsyncIterator["OpenAITarget"]:
-    """The server at ``url`` (with or without the ``/v1``), asked for its models, and tried with a request of one token. Raises
-    ConfigError, NotFound where it has no such model, ConnectionLost where nobody answers, Unsupported where it refuses what a
-    load needs, and what else its status means."""
+    """The server at ``url`` (with or without ``/v1``), asked for its models, and tried with a request of one token. Raises
+    ConfigError, NotFound where it has no such model, ConnectionLost where nobody answers, Unsupported where it refuses what
+    a load needs, and what else its status means."""
     base = _base(url)
     # Every request has a connection of its own if need be: one that waited for another's would be sent late.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -109,7 +109,7 @@ class OpenAITarget:
 
     @asynccontextmanager
     async def stream(self, request: LoadRequest) -> AsyncIterator[AsyncIterator[int]]:
-        """Raises TargetError, by its code: ``http_STATUS``, ``stream_error`` for an error that the server tells in the stream,
+        """Raises TargetError, by its code: ``http_STATUS``, ``stream_error`` for an error that is told in the stream,
         ``broken_stream`` for one that ends before its end; or what httpx raises."""
         headers = {"content-type": "application/json"}
         _TRACE_CONTEXT.inject(headers)  # of the span that is current here, if there is one
@@ -178,8 +178,8 @@ def _refusal(response: httpx.Response) -> TargetError:
     hint = ""
     if status in _NOT_UNDERSTOOD and response.request.method == "POST":
         hint = (
-            "; a load needs token ids as a prompt and the fields ignore_eos and stream_options.continuous_usage_stats, as vLLM "
-            "has them, and a server that refuses what it does not know cannot be measured"
+            "; a load needs token ids as a prompt and the fields ignore_eos and stream_options.continuous_usage_stats, as "
+            "vLLM has them, and a server that refuses what it does not know cannot be measured"
         )
     return TargetError(f"http_{status}", f"it answers {status} {response.reason_phrase}: {said}{hint}")
 

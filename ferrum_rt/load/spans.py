@@ -1,4 +1,4 @@
-"""The spans of a load test: gathered in this process or read from a file, and put together to the requests that they tell of."""
+"""The spans of a load test: gathered in this process or read from a file, and put together to the requests they tell of."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -129,7 +129,7 @@ def num_untraced(requests: Iterable[RequestRecord], spans: Iterable[SpanRecord])
 
 
 def faults(tree: RequestTree, tolerance: float = 0.02) -> Iterator[str]:
-    """What is wrong with a tree: phases follow each other from the begin to the end of the request, within so large a share of
+    """What is wrong with a tree: phases follow each other from begin to end of the request, within so large a share of
     its time, the first of them is its queue, and each lies inside the request."""
     root, phases = tree.root, tree.phases
     total_ns = root.end_ns - root.start_ns

@@ -10,7 +10,7 @@ PRECISION = 0.05
 async def sweep(
     measure: Callable[[float], Awaitable[Summary]], *, begin: float, required_share: float, max_points: int = 20
 ) -> tuple[float | None, list[SweepPoint]]:
-    """Double the rate from ``begin`` until ``measure`` finds it too high (or halve it until it is not), then halve the interval
+    """Double the rate from ``begin`` until ``measure`` finds it too high (or halve it until it is not), then halve the way
     between the last that was met and the first that was not, until that is ``PRECISION`` of itself."""
     points: list[SweepPoint] = []
 

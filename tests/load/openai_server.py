@@ -1,4 +1,4 @@
-"""Servers that speak OpenAI's protocol as real ones do, each under a path of its own: ``uvicorn tests.load.openai_server:app``.
+"""Servers that speak OpenAI's protocol as real ones do, each under a path of its own, for uvicorn to run.
 
 They "generate" as many tokens as they are asked for, two to a text, and say how many there are as their kind does: with each
 chunk, at the end, or never. A prompt that begins with one of FAULTS meets with it.
@@ -87,7 +87,9 @@ async def events(server: str, body: dict[str, Any], first: int) -> AsyncIterator
             return
         made = min(wanted, made + 2)
         text = "" if made == 4 else "x\u2028y"  # at four tokens half a character is held back
-        chunk: dict[str, Any] = {"choices": [{"index": 0, "text": text, "finish_reason": "length" if made == wanted else None}]}
+        chunk: dict[str, Any] = {
+            "choices": [{"index": 0, "text": text, "finish_reason": "length" if made == wanted else None}]
+        }
         if server == "vllm" and body["stream_options"]["continuous_usage_stats"]:
             chunk["usage"] = {"prompt_tokens": len(body["prompt"]), "completion_tokens": made}
         yield event_of(chunk)

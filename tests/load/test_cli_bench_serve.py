@@ -223,7 +223,9 @@ def test_the_demo_model_under_load(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_daemon_with_a_file_of_spans(cli: Cli, tmp_path: Path, recorder: SpanRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_daemon_with_a_file_of_spans(
+    cli: Cli, tmp_path: Path, recorder: SpanRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The spans that a daemon has written, in a process of its own, come to the requests that they tell of, and those of its
     other users do not."""
     monkeypatch.setattr(bench_serve, "record_spans", lambda: recorder)
@@ -259,7 +261,18 @@ def test_ctrl_c_ends_a_load_cleanly(cli: Cli, tmp_path: Path) -> None:
     """Quietly, with status 130, and the daemon is free of its requests."""
     path = tmp_path / "s"
     with running_daemon(path):
-        command = ("bench", "serve", "--connect", str(path), "--requests", "100000", "--output-tokens", "500", "--warmup", "0")
+        command = (
+            "bench",
+            "serve",
+            "--connect",
+            str(path),
+            "--requests",
+            "100000",
+            "--output-tokens",
+            "500",
+            "--warmup",
+            "0",
+        )
         with start(*command) as process:
             deadline = time.monotonic() + LIMIT_S
             while report(cli, str(path)).status.requests.running < 8:
@@ -277,7 +290,19 @@ def test_a_daemon_that_dies_under_the_load(cli: Cli, tmp_path: Path) -> None:
     """Those who were under way, and all who come later, count as connection_lost, and there is a report."""
     path = tmp_path / "s"
     with running_daemon(path) as serving:
-        command = ("bench", "serve", "--connect", str(path), "--requests", "20", "--output-tokens", "900", "--warmup", "0", "--json")
+        command = (
+            "bench",
+            "serve",
+            "--connect",
+            str(path),
+            "--requests",
+            "20",
+            "--output-tokens",
+            "900",
+            "--warmup",
+            "0",
+            "--json",
+        )
         with start(*command) as process:
             deadline = time.monotonic() + LIMIT_S
             while report(cli, str(path)).status.requests.running < 8:
@@ -319,7 +344,7 @@ def test_a_server_that_refuses_is_one_line(cli: Cli, servers: str) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_finds_a_rate(fake: None, cli: Cli, tmp_path: Path) -> None:
-    """The highest of those that met the limits, with a point for each that was tried; the saved file says what is printed."""
+    """The highest of those that met the limits, with a point for each that was tried; the file says what is printed."""
     saved = tmp_path / "sweep.json"
 
     done = cli(*SWEEP, "--json", "--save", str(saved))

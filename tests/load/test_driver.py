@@ -229,7 +229,7 @@ async def test_a_stream_that_fails_when_it_is_closed() -> None:
 
 
 async def test_every_request_has_its_tree(recorder: SpanRecorder) -> None:
-    """Of more requests than there are slots, under both loops, each has a span in the trace of its sender's, whose phases are
+    """Of more requests than there are slots, under both loops, each has a span in its sender's trace, whose phases are
     without a gap and no longer than its sender has waited."""
     async with fake_engine({"scheduler": {"max_running_requests": 4}}, step_s=0.0005) as (engine, _):
         for load, concurrency in ((load_requests(20, every_s=0.001, output_tokens=5), 1), (load_requests(20), 6)):

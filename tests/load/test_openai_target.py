@@ -111,7 +111,10 @@ async def test_a_request_takes_its_trace_along(url: str, recorder: SpanRecorder)
 async def test_no_pool_holds_requests_back(url: str) -> None:
     """Of 150 requests that are due at once all are under way at once, though the library's own limit is a hundred: none is
     answered before all have come."""
-    load = [LoadRequest(index=index, token_ids=[TokenId(GATHERS), TokenId(150)], output_tokens=2, due_s=0.0) for index in range(150)]
+    load = [
+        LoadRequest(index=index, token_ids=[TokenId(GATHERS), TokenId(150)], output_tokens=2, due_s=0.0)
+        for index in range(150)
+    ]
     async with open_openai(f"{url}/vllm") as target:
         repeat = await run_load(target, load)
 
@@ -119,7 +122,7 @@ async def test_no_pool_holds_requests_back(url: str) -> None:
 
 
 async def test_errors_count_by_what_they_are(url: str) -> None:
-    """A status, an error in the stream, a stream that ends too soon, one that is nonsense, a connection that is cut: each has
+    """A status, an error in the stream, a stream that ends too soon, one that is nonsense, a connection cut: each has
     its code, what came before is kept, and the others are served."""
     load = beginning_with(1, BUSY, BUSY, ERROR, BROKEN, NONSENSE, HANGS_UP, NO_STREAM, 1)
     async with open_openai(f"{url}/vllm") as target:
@@ -193,7 +196,7 @@ async def test_a_port_where_nobody_listens() -> None:
                 pass
 
 
-@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://localhost", "http://", "http://[", "unix:/a"])
+@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://localhost", "http://", "http://a:b", "unix:/a"])
 async def test_what_is_no_url(url: str) -> None:
     """The error says how one is written."""
     with pytest.raises(ConfigError, match="is no URL"):

@@ -70,7 +70,9 @@ def test_a_last_line_may_still_be_written(tmp_path: Path) -> None:
 def test_spans_belong_to_the_requests_of_a_load() -> None:
     """Those of its traces, and steps that link to them; not those of other users of the same daemon."""
     others = span("chat demo", 0, 9, own="5", trace_id=OTHER)
-    step, other_step = (span("engine step", 0, 9, own=own, trace_id=own * 8, links=[link]) for own, link in (("6", "1"), ("7", "5")))
+    step, other_step = (
+        span("engine step", 0, 9, own=own, trace_id=own * 8, links=[link]) for own, link in (("6", "1"), ("7", "5"))
+    )
 
     assert belonging([ROOT, others, step, other_step, *PHASES], {TRACE}) == [ROOT, step, *PHASES]
 
