@@ -32,6 +32,7 @@ from ferrum_rt.load.sweep import sweep
 from ferrum_rt.load.workload import Load, LoadRequest
 
 WARMUP_CONCURRENCY = 4
+LEAST_REQUESTS = 5  # of a rate of a sweep: of fewer no share can be told
 
 
 def bench_serve(arguments: argparse.Namespace) -> int:
@@ -104,7 +105,9 @@ async def _sweep(arguments: argparse.Namespace, load: Load, limits: Limits, prog
             progress.begin(f"{rate:.3g} requests/s", len(requests))
             return summarize([await _run(opened, requests, load.concurrency, progress, None)], limits)
 
-        highest, points = await sweep(measure, begin=arguments.begin, required_share=arguments.share)
+        highest, points = await sweep(
+            measure, begin=arguments.begin, required_share=arguments.share, least=LEAST_REQUESTS / arguments.duration
+        )
     return SweepResult(
         target=opened.name,
         load=described_sweep(arguments, load),

@@ -367,7 +367,7 @@ def test_a_sweep_that_finds_none(fake: None, cli: Cli) -> None:
     assert (done.status, done.err) == (1, "")
     assert re.search(r"^highest rate +none of those that were tried$", done.out, re.MULTILINE)
     rows = done.out.split("\n\n")[1].splitlines()[1:]
-    assert len(rows) == 20
+    assert len(rows) == 6  # below 25 a second hardly any request would come in 0.2 s
     assert all("not met" in row for row in rows)
     rates = [float(row.split()[0]) for row in rows]
     assert rates == sorted(rates)

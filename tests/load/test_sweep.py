@@ -4,7 +4,7 @@ from functools import partial
 
 import anyio
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ferrum_rt.interfaces.types import DEFAULT_CLIENT
@@ -97,6 +97,14 @@ async def test_where_no_rate_is_met() -> None:
     assert [point.good_share for point in points] == [0.0] * 6
 
 
+async def test_rates_of_which_nothing_could_be_told_are_not_tried() -> None:
+    """Nobody waits for the one request that comes in an hour: the search ends above ``least``, but has tried one rate."""
+    _, points = await sweep(Cliff(0.0).measure, begin=4.0, required_share=0.9, least=0.9)
+    assert [point.rate for point in points] == [4.0, 2.0, 1.0]
+    _, points = await sweep(Cliff(0.0).measure, begin=0.5, required_share=0.9, least=0.9)
+    assert [point.rate for point in points] == [0.5]
+
+
 async def test_where_every_rate_is_met() -> None:
     """It ends too, with the highest that was tried."""
     highest, points = await sweep(Cliff(1e9).measure, begin=1.0, required_share=0.9, max_points=5)
@@ -111,3 +119,19 @@ async def test_failed_requests_are_not_good(required: float, met: bool) -> None:
 
     assert (point.good_share, point.is_met) == (0.5, met)
     assert point.summary.errors == {"full": 50}
+
+
+@settings(max_examples=50, deadline=None)
+@given(good=st.integers(0, 60), total=st.integers(1, 60), failed=st.integers(0, 20), end_s=st.floats(0.5, 100))
+def test_a_share_is_what_it_is(good: int, total: int, failed: int, end_s: float) -> None:
+    """So many good ones of so many are enough where just that share is required, whatever the seconds that they took."""
+    assume(good <= total)
+    late = [record(number, 0.0, 0.1 if number < good else 0.4, end_s) for number in range(total)]
+    lost = [record(total + number, 0.0, 0.0, end_s, "full") for number in range(failed)]
+
+    async def measure(rate: float) -> Summary:
+        return summary_of([*late, *lost], Limits(ttft_s=0.2))
+
+    required = good / (total + failed)
+    _, [point] = anyio.run(partial(sweep, measure, begin=1.0, required_share=round(required, 9), max_points=1))
+    assert (point.is_met, point.good_share) == (True, round(required, 9))
