@@ -16,8 +16,8 @@ async def sweep(
     max_points: int = 20,
 ) -> tuple[float | None, list[SweepPoint]]:
     """Double the rate from ``begin`` until ``measure`` finds it too high (or halve it until it is not), then halve the way
-    between the last that was met and the first that was not, until that is ``PRECISION`` of itself. No rate below ``least`` is
-    tried."""
+    between the last that was met and the first that was not, until that is ``PRECISION`` of itself. No rate below ``least``
+    is tried."""
     points: list[SweepPoint] = []
 
     async def is_met(rate: float) -> bool:

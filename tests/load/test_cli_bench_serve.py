@@ -186,7 +186,7 @@ def test_reports_are_made_from_the_result(fake: None, cli: Cli, tmp_path: Path, 
     made: list[tuple[str, Any, Path]] = []
     for module, function in (("report", "write_report"), ("figures", "write_figures")):
         writer = SimpleNamespace(**{function: lambda result, path, module=module: made.append((module, result, path))})
-        monkeypatch.setitem(sys.modules, f"ferrum_rt.load.{module}", writer)  # type: ignore[arg-type]
+        monkeypatch.setitem(sys.modules, f"ferrum_rt.load.{module}", writer)
 
     assert cli(*SERVE, "--report", str(tmp_path / "a.html"), "--plots", str(tmp_path / "plots" / "new")).status == 0
 
