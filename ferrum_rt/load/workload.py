@@ -40,9 +40,9 @@ class SharedPrefixes(msgspec.Struct, frozen=True):
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
-    """A load to be drawn: at ``rate`` requests a second with gamma-distributed distances (``burstiness`` is their coefficient
-    of variation: 1 is Poisson, 0 is a metronome), or, where that is None, ``concurrency`` at a time. ``trace`` takes the place
-    of all but the concurrency."""
+    """A load to be drawn: at ``rate`` requests a second with gamma-distributed distances (``burstiness`` is their
+    coefficient of variation: 1 is Poisson, 0 is a metronome), or, where that is None, ``concurrency`` at a time. ``trace``
+    takes the place of all but the concurrency."""
 
     requests: int
     prompt: Sizes

@@ -267,7 +267,7 @@ def test_ctrl_c_ends_a_load_cleanly(cli: Cli, tmp_path: Path) -> None:
             "--connect",
             str(path),
             "--requests",
-            "100000",
+            "2000",
             "--output-tokens",
             "500",
             "--warmup",
