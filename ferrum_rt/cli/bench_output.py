@@ -83,7 +83,8 @@ def _load_facts(result: LoadResult) -> Iterator[tuple[str, str]]:
     yield "requests", ", ".join((f"{summary.requests}: completed {summary.completed}", *_errors(summary)))
     yield "time", " + ".join(f"{repeat.duration_s:.1f} s" for repeat in result.repeats)
     yield "requests/s", _estimate(summary.request_rate)
-    yield "goodput", f"{_estimate(summary.goodput)} requests/s within {_limits(result.limits)}"
+    if result.limits != Limits():
+        yield "goodput", f"{_estimate(summary.goodput)} requests/s within {_limits(result.limits)}"
     yield "output tokens/s", _estimate(summary.output_token_rate)
     yield "all tokens/s", _estimate(summary.total_token_rate)
     if any(repeat.spans for repeat in result.repeats):
@@ -134,7 +135,7 @@ def _estimate(found: Estimate) -> str:
 
 def _limits(limits: Limits) -> str:
     named = (("TTFT", limits.ttft_s), ("ITL", limits.itl_s))
-    return ", ".join(f"{name} {limit:g} s" for name, limit in named if limit is not None) or "any limits"
+    return ", ".join(f"{name} {limit:g} s" for name, limit in named if limit is not None)
 
 
 def _named(load: Mapping[str, object]) -> str:
