@@ -79,6 +79,7 @@ def strip(result: LoadResult) -> dict[str, Any]:
 # -- serve, on an engine in this process ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_saved_is_all_and_what_is_printed_is_the_summary(fake: None, cli: Cli, tmp_path: Path) -> None:
     """The file has every request, with a whole tree of spans each, and samples of the engine; standard output the same but
     for those; both say what was sent to whom, and on what machine."""
@@ -108,6 +109,7 @@ def test_what_is_saved_is_all_and_what_is_printed_is_the_summary(fake: None, cli
     assert set(result.machine) >= {"cpu", "cores", "load_average", "python", "torch", "ferrum_rt"}
 
 
+@pytest.mark.slow
 def test_the_table_says_what_json_says(fake: None, cli: Cli, tmp_path: Path) -> None:
     """A line for each fact and a row for each quantity, made from the result that is saved."""
     saved = tmp_path / "result.json"
@@ -125,6 +127,7 @@ def test_the_table_says_what_json_says(fake: None, cli: Cli, tmp_path: Path) -> 
     assert len(lines["ITL"].split(" ms")) == 7
 
 
+@pytest.mark.slow
 def test_an_open_loop_by_duration(fake: None, cli: Cli, tmp_path: Path) -> None:
     """As many requests as come in that time at that rate, each due at its time, and good only within the limits."""
     saved = tmp_path / "result.json"
@@ -168,6 +171,7 @@ def test_where_nobody_is_served_the_status_is_1(fake: None, cli: Cli, tmp_path: 
     assert re.search(r"^TTFT( +-){6}$", done.out, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_progress_is_one_line_on_a_terminal(fake: None, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says how far the run is, and is gone at the end; it is on standard error, which otherwise stays empty."""
     assert cli(*SERVE).err == ""

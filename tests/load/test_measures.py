@@ -26,7 +26,7 @@ RECORD = RequestRecord(
 FAILED = msgspec.structs.replace(RECORD, error="resource_exhausted", chunks=[])
 
 
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(TIMES, min_size=1, max_size=400))
 def test_percentiles_are_the_least_values_that_so_many_do_not_exceed(values: list[float]) -> None:
     """Counted by hand and by numpy, each is one of the values; mean and maximum are what they are."""
@@ -72,7 +72,7 @@ def test_a_record_counts_from_when_it_was_due() -> None:
     assert RECORD.output_tokens == 4
 
 
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.floats(0.001, 10), st.integers(1, 5)), min_size=1, max_size=30))
 def test_gaps_add_up_to_the_time_between_first_and_last_chunk(steps: list[tuple[float, int]]) -> None:
     """There is one for each token after the first chunk, and their mean is the time per token."""
