@@ -1,10 +1,10 @@
 """ferrum-rt: the runtime from a terminal. One module per command; this one reads the command line and reports errors."""
 
 import argparse
-from pathlib import Path
 from typing import NoReturn
 
 import ferrum_rt
+from ferrum_rt.cli.bench import add_bench_commands
 from ferrum_rt.cli.chat import chat
 from ferrum_rt.cli.doctor import doctor
 from ferrum_rt.cli.options import (
@@ -33,9 +33,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 when done, 1 when doctor or status finds a fault or a daemon's engine
-    has failed, 2 after an error, and what a shell reports for a program that Ctrl-C (130) or a closed pipe (141) ended.
-    --help and --version raise SystemExit."""
+    """Run one command and return its exit status: 0 when done, 1 when doctor or status finds a fault, a bench finds nobody
+    served or a daemon's engine has failed, 2 after an error, and what a shell reports for a program that Ctrl-C (130) or a
+    closed pipe (141) ended. --help and --version raise SystemExit."""
     try:
         try:
             arguments = _parser().parse_args(argv)
@@ -91,12 +91,10 @@ def _parser() -> Parser:
     add_simulate_options(sub)
     sub.set_defaults(command=_simulate)
 
-    sub = commands.add_parser("bench", help="see what types of keys and values cost and give", allow_abbrev=False)
-    add_engine_options(sub)
-    sub.add_argument("--text", metavar="FILE", type=Path, help="a text to measure on; a module of our own if left out")
-    sub.add_argument("--tokens", metavar="N", type=int, default=512, help="its first N tokens (default: 512)")
-    add_json_option(sub)
-    sub.set_defaults(command=_bench)
+    sub = commands.add_parser(
+        "bench", help="measure: a load, the highest rate, types of keys and values", allow_abbrev=False
+    )
+    add_bench_commands(sub)
 
     sub = commands.add_parser("doctor", help="show what is installed, and try it", allow_abbrev=False)
     add_model_option(sub)
@@ -108,12 +106,6 @@ def _parser() -> Parser:
     )
     sub.set_defaults(command=doctor)
     return parser
-
-
-def _bench(arguments: argparse.Namespace) -> int:
-    from ferrum_rt.cli.bench import bench
-
-    return bench(arguments)
 
 
 def _simulate(arguments: argparse.Namespace) -> int:

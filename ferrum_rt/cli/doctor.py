@@ -6,12 +6,12 @@ import importlib.util
 import os
 import platform
 import shutil
-from pathlib import Path
 
 import anyio
 import msgspec
 
 import ferrum_rt
+from ferrum_rt.cli.machine import installed_version, proc_fields
 from ferrum_rt.cli.options import UsageError
 from ferrum_rt.cli.output import one_line
 from ferrum_rt.interfaces.types import ModelId
@@ -84,13 +84,13 @@ def _build(targets: list[str] | None) -> int:
 
 
 def _examine(model: str | None) -> Report:
-    cpu, memory = _proc_fields("/proc/cpuinfo"), _proc_fields("/proc/meminfo")
+    cpu, memory = proc_fields("/proc/cpuinfo"), proc_fields("/proc/meminfo")
     flags = cpu.get("flags", "").split()
     return Report(
         versions={
             "python": platform.python_version(),
             "ferrum_rt": ferrum_rt.__version__,
-            **{name: _version(name) for name in _PACKAGES},
+            **{name: installed_version(name) for name in _PACKAGES},
         },
         importable={name: importlib.util.find_spec(name) is not None for name in _OPTIONAL},
         cpu=cpu.get("model name", platform.machine()),
@@ -104,24 +104,6 @@ def _examine(model: str | None) -> Report:
         cuda_tools={name: shutil.which(name) is not None for name in _CUDA_TOOLS},
         self_test=_self_test(model),
     )
-
-
-def _version(package: str) -> str | None:
-    from importlib import metadata  # 13 ms to import, which the other commands do without
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _proc_fields(path: str) -> dict[str, str]:
-    """The ``name: value`` lines of a file under /proc; where a name comes again (each core has its own), the last."""
-    try:
-        lines = Path(path).read_text().splitlines()
-    except OSError:
-        return {}  # not Linux
-    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def _bytes(kibibytes: str | None) -> int:

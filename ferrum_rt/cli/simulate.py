@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import msgspec
 
 from ferrum_rt.cli.options import UsageError
-from ferrum_rt.cli.output import table
+from ferrum_rt.cli.output import seconds, table
 from ferrum_rt.cli.simulate_options import DRAWN
 from ferrum_rt.interfaces.config import EngineConfig, build_config, load_config
 from ferrum_rt.interfaces.types import Arrival
@@ -163,10 +163,4 @@ def _row(client: ClientReport) -> list[str]:
 
 
 def _percentiles(found: Percentiles) -> list[str]:
-    return [_seconds(found.p50), _seconds(found.p90), _seconds(found.p99)]
-
-
-def _seconds(value: float) -> str:
-    if math.isnan(value):
-        return "-"
-    return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.2f} s"
+    return [seconds(found.p50), seconds(found.p90), seconds(found.p99)]

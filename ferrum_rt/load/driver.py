@@ -8,17 +8,20 @@ loop so many users send their next request as soon as they have the last one's a
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import anyio
 from opentelemetry import trace
 from opentelemetry.trace import SpanKind, format_trace_id
 
 from ferrum_rt.interfaces.errors import FerrumError
+from ferrum_rt.interfaces.types import PageCounts, RequestCounts
 from ferrum_rt.load.results import Chunk, Repeat, RequestRecord, Sample
-from ferrum_rt.load.targets import Target
+from ferrum_rt.load.targets import Target, TargetError
 from ferrum_rt.load.workload import LoadRequest
 
 SAMPLE_EVERY_S = 0.1
+STATE_LIMIT_S = 1.0
 
 _TRACER = trace.get_tracer("ferrum_rt.load")
 
@@ -26,7 +29,7 @@ _TRACER = trace.get_tracer("ferrum_rt.load")
 async def put_on(
     target: Target, requests: Sequence[LoadRequest], *, concurrency: int, on_end: Callable[[RequestRecord], None]
 ) -> Repeat:
-    """Until the last request has ended. They all have a ``due_s``, or none has; then ``concurrency`` are under way at a time.
+    """Until the last request has ended. They all have a ``due_s``, or none has: then ``concurrency`` are under way at once.
     ``on_end`` hears of each that ends."""
     run = _Run(target, on_end)
     async with anyio.create_task_group() as tasks:
@@ -80,7 +83,7 @@ class _Run:
                 async with self._target.stream(request) as stream:
                     async for tokens in stream:
                         chunks.append(Chunk(self._now(), tokens))
-            except FerrumError as failure:
+            except (FerrumError, TargetError) as failure:
                 error = failure.code
             except Exception as failure:  # whatever a client library raises of its server
                 error = type(failure).__name__
@@ -100,21 +103,27 @@ class _Run:
         self._on_end(record)
 
     async def watch(self) -> None:
-        """Look at the target from time to time, until cancelled."""
+        """Look at the target from time to time, until cancelled. One that cannot say how it is now is asked again."""
         while True:
-            at_s, state = self._now(), await self._target.state()
-            if state is None:
-                return
-            requests, pages = state
-            self._samples.append(
-                Sample(
-                    at_s=at_s,
-                    running=requests.running,
-                    waiting=requests.waiting,
-                    parked=requests.parked,
-                    pages_free=pages.free,
-                    pages_active=pages.active,
-                    pages_cached=pages.cached,
-                )
-            )
+            at_s = self._now()
+            state = await self._state()
+            if state is not None:
+                self._samples.append(_sample(at_s, *state))
             await anyio.sleep(SAMPLE_EVERY_S)
+
+    async def _state(self) -> tuple[RequestCounts, PageCounts] | None:
+        with suppress(Exception), anyio.move_on_after(STATE_LIMIT_S):  # what is wrong with it the requests will tell
+            return await self._target.state()
+        return None
+
+
+def _sample(at_s: float, requests: RequestCounts, pages: PageCounts) -> Sample:
+    return Sample(
+        at_s=at_s,
+        running=requests.running,
+        waiting=requests.waiting,
+        parked=requests.parked,
+        pages_free=pages.free,
+        pages_active=pages.active,
+        pages_cached=pages.cached,
+    )

@@ -7,9 +7,9 @@ from statistics import fmean, stdev
 
 from ferrum_rt.load.results import Estimate, Limits, Percentiles, Repeat, RequestRecord, Summary
 
-# Student's t for 95 %, two-sided, by degrees of freedom; beyond them the normal distribution's.
+# Student's t for 95 %, two-sided, by degrees of freedom; and where the normal distribution has that share.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-_NORMAL = 1.96
+_NORMAL = 1.959964
 
 
 def percentiles(values: Iterable[float]) -> Percentiles | None:
@@ -29,8 +29,15 @@ def estimate(values: Sequence[float]) -> Estimate:
     count = len(values)
     if count < 2:
         return Estimate(mean=values[0], margin=None)
-    t = _T[count - 2] if count - 2 < len(_T) else _NORMAL
-    return Estimate(mean=fmean(values), margin=t * stdev(values) / math.sqrt(count))
+    return Estimate(mean=fmean(values), margin=_t(count - 1) * stdev(values) / math.sqrt(count))
+
+
+def _t(freedom: int) -> float:
+    """Beyond the table by the first terms of its expansion about the normal distribution's (Fisher and Cornish, 1960)."""
+    if freedom <= len(_T):
+        return _T[freedom - 1]
+    z = _NORMAL
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def is_good(record: RequestRecord, limits: Limits) -> bool:

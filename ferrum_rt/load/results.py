@@ -71,7 +71,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class SpanRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A span that has ended; ids are in hex, times in nanoseconds of the wall clock. ``events`` are (name, time, attributes),
+    """A span that has ended; ids are in hex, times in nanoseconds since 1970; ``events`` are (name, time, attributes),
     ``links`` the ids of spans."""
 
     name: str

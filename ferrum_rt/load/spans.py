@@ -1,7 +1,7 @@
-"""The spans of a load test: gathered in this process or read from a file, and put together to the requests that they tell of."""
+"""The spans of a load test: gathered in this process or read from a file, and put together to the requests they tell of."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from opentelemetry.trace import StatusCode, format_span_id, format_trace_id
 from ferrum_rt.interfaces import telemetry as names
 from ferrum_rt.interfaces.errors import ConfigError
 from ferrum_rt.interfaces.telemetry import Phase
-from ferrum_rt.load.results import SpanRecord
+from ferrum_rt.load.results import RequestRecord, SpanRecord
 
 _PHASES = frozenset(Phase)
 
@@ -34,16 +34,19 @@ class SpanRecorder(SpanProcessor):
 
 
 def read_spans(path: Path) -> list[SpanRecord]:
-    """From a file that a daemon has written, with a span in JSON a line. Raises ConfigError naming the line."""
+    """From a file that a daemon has written, with a span in JSON a line; its last line may not be complete yet. Raises
+    ConfigError naming the line."""
     found = []
     try:
-        lines = path.read_bytes().splitlines()
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     for number, line in enumerate(lines, start=1):
         try:
             found.append(_from_json(msgspec.json.decode(line, type=dict[str, Any])))
         except (msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
+            if number == len(lines):
+                break
             raise ConfigError(f"{path}: line {number}: no span: {error}") from error
     return found
 
@@ -71,7 +74,7 @@ def _from_json(span: Mapping[str, Any]) -> SpanRecord:
     """From what the SDK's ``to_json`` makes of one."""
 
     def nanoseconds(moment: str) -> int:
-        return int(datetime.fromisoformat(moment).timestamp() * 1e6) * 1000
+        return round(datetime.fromisoformat(moment).timestamp() * 1e6) * 1000
 
     return SpanRecord(
         name=span["name"],
@@ -80,8 +83,8 @@ def _from_json(span: Mapping[str, Any]) -> SpanRecord:
         parent_id=None if span["parent_id"] is None else span["parent_id"].removeprefix("0x"),
         start_ns=nanoseconds(span["start_time"]),
         end_ns=nanoseconds(span["end_time"]),
-        attributes=span["attributes"],
-        events=[(event["name"], nanoseconds(event["timestamp"]), event["attributes"]) for event in span["events"]],
+        attributes=span["attributes"] or {},
+        events=[(event["name"], nanoseconds(event["timestamp"]), event["attributes"] or {}) for event in span["events"]],
         links=[link["context"]["span_id"].removeprefix("0x") for link in span["links"]],
         is_error=span["status"]["status_code"] == "ERROR",
     )
@@ -112,8 +115,21 @@ def request_trees(spans: Iterable[SpanRecord]) -> list[RequestTree]:
     ]
 
 
+def belonging(spans: Iterable[SpanRecord], trace_ids: Set[str]) -> list[SpanRecord]:
+    """Those of these traces, and those of steps that link to them."""
+    spans = list(spans)
+    own = {span.span_id for span in spans if span.trace_id in trace_ids}
+    return [span for span in spans if span.span_id in own or not own.isdisjoint(span.links)]
+
+
+def num_untraced(requests: Iterable[RequestRecord], spans: Iterable[SpanRecord]) -> int:
+    """Completed requests whose span is not among these, or has no phases."""
+    traced = {tree.root.trace_id for tree in request_trees(spans) if tree.phases}
+    return sum(request.error is None and request.trace_id not in traced for request in requests)
+
+
 def faults(tree: RequestTree, tolerance: float = 0.02) -> Iterator[str]:
-    """What is wrong with a tree: phases follow each other from the begin to the end of the request, within so large a share of
+    """What is wrong with a tree: phases follow each other from begin to end of the request, within so large a share of
     its time, the first of them is its queue, and each lies inside the request."""
     root, phases = tree.root, tree.phases
     total_ns = root.end_ns - root.start_ns

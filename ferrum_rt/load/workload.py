@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
+from typing import Literal
 
 import msgspec
 
@@ -39,9 +40,9 @@ class SharedPrefixes(msgspec.Struct, frozen=True):
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
-    """A load to be drawn: at ``rate`` requests a second with gamma-distributed distances (``burstiness`` is their coefficient
-    of variation: 1 is Poisson, 0 is a metronome), or, where that is None, ``concurrency`` at a time. ``trace`` takes the place
-    of all but the concurrency."""
+    """A load to be drawn: at ``rate`` requests a second with gamma-distributed distances (``burstiness`` is their
+    coefficient of variation: 1 is Poisson, 0 is a metronome), or, where that is None, ``concurrency`` at a time. ``trace``
+    takes the place of all but the concurrency."""
 
     requests: int
     prompt: Sizes
@@ -84,7 +85,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
         if self.trace is not None:
             return read_trace(self.trace)
         rate = self.rate or 1.0  # of the closed loop nobody looks at the times
-        kind = "bursty" if self.burstiness else "constant"
+        kind: Literal["bursty", "constant"] = "bursty" if self.burstiness else "constant"
         arrivals = Arrivals(kind=kind, rate=rate, burstiness=self.burstiness or 1.0)
         return Workload(arrivals=arrivals, prompt=self.prompt, output=self.output).draw(self.requests, seed)
 

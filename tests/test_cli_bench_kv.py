@@ -1,4 +1,4 @@
-"""ferrum-rt bench as its users meet it."""
+"""ferrum-rt bench kv as its users meet it."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ferrum_rt.cli.bench import _kv_report
+from ferrum_rt.cli.bench_kv import _kv_report
 from ferrum_rt.interfaces.kv_dtype import KvDtypeKind
 from tests.command_line import Cli, assert_one_error
 
@@ -22,7 +22,7 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
 @pytest.mark.slow
 def test_errors_of_the_demo_model_are_bounded(cli: Cli) -> None:
     """fp8 and int8 take about half of bfloat16's memory, and logits stay within the bounds that the docs state."""
-    result = cli("bench", "--tokens", "256", "--json")
+    result = cli("bench", "kv", "--tokens", "256", "--json")
 
     assert (result.status, result.err) == (0, "")
     report = json.loads(result.out)
@@ -45,7 +45,7 @@ def test_the_table_says_what_json_says(cli: Cli, tmp_path: Path) -> None:
     """A row for each type; with --kv-dtype one beside bfloat16; on the text that is given."""
     text = tmp_path / "text.py"
     text.write_text("def add(left, right):\n    return left + right\n")
-    arguments = ("bench", "--text", str(text), "--tokens", "12", "--kv-dtype", "int8")
+    arguments = ("bench", "kv", "--text", str(text), "--tokens", "12", "--kv-dtype", "int8")
 
     as_text, report = cli(*arguments).out, json.loads(cli(*arguments, "--json").out)
 
@@ -86,7 +86,7 @@ def test_errors_are_shares_of_the_spread() -> None:
 )
 def test_what_cannot_be_measured_gets_one_line(cli: Cli, arguments: list[str], message: str) -> None:
     """A text that is not there or too short, and too few tokens, are said before a model is loaded."""
-    result = cli("bench", *arguments)
+    result = cli("bench", "kv", *arguments)
 
     assert_one_error(result)
     assert message in result.err
@@ -95,7 +95,7 @@ def test_what_cannot_be_measured_gets_one_line(cli: Cli, arguments: list[str], m
 @pytest.mark.slow
 def test_texts_that_are_too_long_for_the_model(cli: Cli) -> None:
     """More tokens than a sequence may have are refused."""
-    result = cli("bench", "--tokens", "1100")
+    result = cli("bench", "kv", "--tokens", "1100")
 
     assert_one_error(result)
     assert "argument --tokens: this model takes at most 1024, got 1100" in result.err
