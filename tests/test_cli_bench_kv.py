@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ferrum_rt.cli.bench_kv import _kv_report
+from ferrum_rt.cli.bench.kv import _kv_report
 from ferrum_rt.interfaces.kv_dtype import KvDtypeKind
 from tests.command_line import Cli, assert_one_error
 

@@ -16,7 +16,8 @@ import msgspec
 import pytest
 
 import ferrum_rt
-from ferrum_rt.cli import bench_serve, bench_spans
+from ferrum_rt.cli.bench import serve as bench_serve
+from ferrum_rt.cli.bench import spans as bench_spans
 from ferrum_rt.interfaces.config import EngineConfig
 from ferrum_rt.load.results import LoadResult, SweepResult
 from ferrum_rt.load.spans import SpanRecorder, faults, request_trees

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ferrum_rt.cli.bench_options import DRAWN
+from ferrum_rt.cli.bench.options import DRAWN
 from ferrum_rt.interfaces.errors import ConfigError
 from ferrum_rt.interfaces.types import Priority, TokenId
 from ferrum_rt.load.workload import Load, LoadRequest, SharedPrefixes

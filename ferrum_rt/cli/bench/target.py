@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
-from ferrum_rt.cli.bench_options import OPENAI_VOCAB_SIZE
+from ferrum_rt.cli.bench.options import OPENAI_VOCAB_SIZE
 from ferrum_rt.cli.options import UsageError, open_engine
 from ferrum_rt.interfaces.types import TokenId
 from ferrum_rt.ipc.address import socket_path

@@ -11,7 +11,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import SpanLimits, TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 
-from ferrum_rt.cli.bench_load import (
+from ferrum_rt.cli.bench.load import (
     check_numbers,
     described,
     described_sweep,
@@ -20,9 +20,9 @@ from ferrum_rt.cli.bench_load import (
     seeds_of,
     sweep_load,
 )
-from ferrum_rt.cli.bench_output import Progress, load_as_text, sweep_as_text
-from ferrum_rt.cli.bench_report import check_report, write_report_files
-from ferrum_rt.cli.bench_target import OpenTarget, check_target, is_in_this_process, open_target
+from ferrum_rt.cli.bench.output import Progress, load_as_text, sweep_as_text
+from ferrum_rt.cli.bench.report import check_report, write_report_files
+from ferrum_rt.cli.bench.target import OpenTarget, check_target, is_in_this_process, open_target
 from ferrum_rt.cli.machine import machine
 from ferrum_rt.load.driver import put_on
 from ferrum_rt.load.measures import summarize
@@ -80,7 +80,7 @@ async def _serve(arguments: argparse.Namespace, load: Load, limits: Limits, prog
             progress.begin(f"repeat {number}/{arguments.repeats}", len(requests))
             repeats.append(await _run(opened, requests, load.concurrency, progress, recorder))
         if arguments.spans is not None:
-            from ferrum_rt.cli.bench_spans import with_spans_of_daemon
+            from ferrum_rt.cli.bench.spans import with_spans_of_daemon
 
             repeats = await with_spans_of_daemon(arguments.spans, repeats)
     lost = 0 if recorder is None else sum(num_untraced(repeat.requests, repeat.spans) for repeat in repeats)

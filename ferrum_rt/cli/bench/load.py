@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ferrum_rt.cli.bench_options import DRAWN
+from ferrum_rt.cli.bench.options import DRAWN
 from ferrum_rt.cli.options import UsageError
 from ferrum_rt.load.results import Limits
 from ferrum_rt.load.workload import Load, SharedPrefixes

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ferrum_rt.cli.bench_options import add_serve_bench_options, add_sweep_options
+from ferrum_rt.cli.bench.options import add_serve_bench_options, add_sweep_options
 from ferrum_rt.cli.options import add_engine_options, add_json_option
 
 
@@ -27,18 +27,18 @@ def add_bench_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench_kv(arguments: argparse.Namespace) -> int:
-    from ferrum_rt.cli.bench_kv import bench_kv
+    from ferrum_rt.cli.bench.kv import bench_kv
 
     return bench_kv(arguments)
 
 
 def _bench_serve(arguments: argparse.Namespace) -> int:
-    from ferrum_rt.cli.bench_serve import bench_serve
+    from ferrum_rt.cli.bench.serve import bench_serve
 
     return bench_serve(arguments)
 
 
 def _bench_sweep(arguments: argparse.Namespace) -> int:
-    from ferrum_rt.cli.bench_serve import bench_sweep
+    from ferrum_rt.cli.bench.serve import bench_sweep
 
     return bench_sweep(arguments)
