@@ -24,7 +24,7 @@ from ferrum_rt.load.results import LoadResult, SweepResult
 from tests.load import made
 
 CASES = made.edge_cases()
-pytestmark = pytest.mark.slow  # each draws
+pytestmark = pytest.mark.proof  # each draws, and matplotlib takes seconds for it
 ALL = ["latency", "throughput", "batches", "pages", "requests"]
 
 
