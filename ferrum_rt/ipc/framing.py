@@ -83,7 +83,7 @@ class FrameDecoder(Generic[T]):
         try:
             return self._decoder.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise InvalidFormat(f"not a message of protocol version 1: {error}") from error
+            raise InvalidFormat(f"not a message of protocol version 1: {error}") from None  # it has all of the bytes
 
 
 def client_decoder(max_frame_bytes: int = MAX_FRAME_BYTES) -> FrameDecoder[ClientMessage]:
