@@ -9,7 +9,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Iterator, Sequence
 from typing import Any
 
 from opentelemetry import metrics, trace
@@ -18,7 +18,9 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import Link, SpanContext, Status, StatusCode
 
+from ferrum_rt.interfaces import telemetry as names
 from tests.runtime.engines import text_after
 
 _MARK = re.compile(r"Q\d{3}zx")
@@ -148,3 +150,51 @@ def described(error: BaseException) -> Iterator[str]:
             left.append(one.__context__)
         if isinstance(one, BaseExceptionGroup):
             left += one.exceptions
+
+
+def without_captured(spans: Sequence[ReadableSpan]) -> tuple[list[ReadableSpan], str]:
+    """The spans without the attributes that may hold words, and those."""
+    left, words = [], ""
+    for span in spans:
+        attributes = dict(span.attributes or {})
+        words += "".join(str(attributes.pop(name, "")) for name in (names.INPUT_MESSAGES, names.OUTPUT_MESSAGES))
+        bare = ReadableSpan(
+            name=span.name,
+            context=span.context,
+            parent=span.parent,
+            attributes=attributes,
+            events=span.events,
+            links=span.links,
+            status=span.status,
+            start_time=span.start_time,
+            end_time=span.end_time,
+        )
+        left.append(bare)
+    return left, words
+
+
+async def planted(said: Canaries, told: Told) -> None:
+    """What must never be: a canary in each place where the search looks."""
+    tracer, meter, log = trace.get_tracer("planted"), metrics.get_meter("planted"), logging.getLogger("planted")
+    link = Link(SpanContext(1, 2, is_remote=False), {"words": said.text("span link")})
+    with tracer.start_as_current_span(said.text("span name"), links=[link]) as span:
+        span.set_attribute("words", said.text("span attribute"))
+        span.add_event(said.text("span event"), {"words": said.text("event attribute")})
+        span.set_status(Status(StatusCode.ERROR, said.text("span status")))
+    meter.create_counter("planted").add(1, {"words": said.text("metric attribute")})
+    log.debug(said.text("log message"))
+    log.debug("%s", said.text("log argument"))
+    log.debug("x", extra={"words": said.text("log extra")})
+    warnings.warn(said.text("warning"), stacklevel=1)
+    try:
+        try:
+            raise ValueError("x", {"words": said.text("argument of a cause")})
+        except ValueError as cause:
+            error = LookupError(said.text("error")[:13])
+            error.add_note(said.text("note"))
+            error.words = list(said.text("attribute, as token ids").encode())  # type: ignore[attr-defined]
+            raise error from cause
+    except LookupError as error:
+        log.exception("x")
+        told.note_error("exception", error)
+    log.debug(text_after(said.prompt("prompt"), 40)[7:20])

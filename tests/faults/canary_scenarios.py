@@ -3,12 +3,10 @@ them all, and prints what each has told, and what of that it should not have, as
 
 import asyncio
 import json
-import logging
 import sys
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -19,12 +17,8 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 import msgspec
-from opentelemetry import metrics, trace
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.trace import Link, SpanContext, Status, StatusCode
 
 import ferrum_rt
-from ferrum_rt.interfaces import telemetry as names
 from ferrum_rt.interfaces.config import EngineConfig, build_config
 from ferrum_rt.interfaces.engine import InferenceEngine
 from ferrum_rt.interfaces.errors import (
@@ -38,7 +32,7 @@ from ferrum_rt.interfaces.errors import (
     ResourceExhausted,
     TokenizerError,
 )
-from ferrum_rt.interfaces.types import ChatMessage, FinishReason, ResponseFormat, TokenId
+from ferrum_rt.interfaces.types import ChatMessage, FinishReason, RequestId
 from ferrum_rt.ipc.client import connect
 from ferrum_rt.ipc.framing import encode
 from ferrum_rt.ipc.messages import Hello
@@ -47,9 +41,9 @@ from ferrum_rt.runtime.loader import LoadedModel
 from ferrum_rt.runtime.runtime import Runtime
 from tests.daemon.serving import daemon
 from tests.fakes.daemon import _BrokenExecutor, daemon_process
-from tests.fakes.executor import ByteDecoder, ByteTokenizer, fake_model
-from tests.fakes.grammar import FakeGrammar, FakeGrammarCompiler
-from tests.faults.canary import Canaries, Told
+from tests.fakes.executor import fake_model
+from tests.faults.canary import Canaries, Told, planted, without_captured
+from tests.faults.quoting import quoting_engine
 from tests.runtime.engines import fake_engine, text_after, until
 
 Scenario = Callable[[Canaries, Told], Awaitable[None]]
@@ -175,57 +169,8 @@ async def full(said: Canaries, told: Told) -> None:
 # -- what fails -----------------------------------------------------------------------------------------------------------
 
 
-class _Panic(BaseException):
-    """As Rust code raises it."""
-
-
-class _QuotingDecoder(ByteDecoder):
-    """Raises, with the text, at its start or after so many tokens."""
-
-    def __init__(self, prompt: Sequence[TokenId], skip_special_tokens: bool) -> None:
-        self._num_left = {b"1": 0, b"2": 8}.get(bytes(prompt[:1]), 10**6)
-        self._text = bytes(token for token in prompt if token < 256).decode()
-        super().__init__(prompt, skip_special_tokens)
-
-    def push(self, token_id: TokenId) -> str:
-        piece = super().push(token_id)
-        self._text += piece
-        self._num_left -= 1
-        if self._num_left < 0:
-            raise ValueError(f"cannot go on from {self._text}", self._text)
-        return piece
-
-
-class _QuotingTokenizer(ByteTokenizer):
-    def encode_batch(self, texts: Sequence[str], **options: Any) -> list[list[TokenId]]:
-        if texts[0].startswith("0"):
-            raise ValueError(f"cannot take {texts}")
-        if texts[0].startswith("surrogate"):
-            texts[0].encode()
-        return super().encode_batch(texts, **options)
-
-    def incremental(self, prompt: Sequence[TokenId], *, skip_special_tokens: bool) -> ByteDecoder:
-        return _QuotingDecoder(prompt, skip_special_tokens)
-
-
-class _QuotingCompiler(FakeGrammarCompiler):
-    def compile(self, response_format: ResponseFormat) -> FakeGrammar:
-        if response_format.type == "regex":
-            raise _Panic(response_format.definition)
-        raise LookupError(response_format.definition)
-
-
-@asynccontextmanager
-async def _quoting_engine() -> AsyncIterator[Runtime]:
-    def load(config: EngineConfig) -> LoadedModel:
-        return msgspec.structs.replace(fake_model(config), tokenizer=_QuotingTokenizer(), grammars=_QuotingCompiler())
-
-    async with Runtime(build_config(None, None, {}), load) as engine:
-        yield engine
-
-
 async def tokenizers_that_quote(said: Canaries, told: Told) -> None:
-    async with _quoting_engine() as engine:
+    async with quoting_engine() as engine:
         for start in ("0", "1", "2", "surrogate \udc00"):
             prompt = start + said.text(f"a prompt that begins with {start!a}")
             if "\udc00" not in prompt:
@@ -266,7 +211,7 @@ async def executors_that_fail(said: Canaries, told: Told) -> None:
         for result in results:
             if isinstance(result, FerrumError):
                 told.note_error("exception", result)
-        nan = ferrum_rt.RequestId("nan")
+        nan = RequestId("nan")
         executor.nan_requests.add(nan)
         await told.fails(engine.infer(said.prompt("not a number"), id=nan, max_tokens=40), BackendError)
 
@@ -463,59 +408,11 @@ async def a_real_model(said: Canaries, told: Told) -> None:
 
 async def captured(said: Canaries, told: Told) -> None:
     """With ``capture_content`` the two attributes hold what was said and answered; without them nothing does."""
-    async with fake_engine({"monitoring": {"capture_content": True}}, fail_at={60}) as (engine, _):
+    config = {"monitoring": {"capture_content": True}}
+    async with fake_engine(config) as (engine, _):
         await _all_calls(said, engine)
-        with suppress(BackendError):
-            for _ in range(20):
-                await engine.infer(said.prompt("in a step that fails"), max_tokens=20)
-
-
-def without_captured(spans: Sequence[ReadableSpan]) -> tuple[list[ReadableSpan], str]:
-    """The spans without the attributes that may hold words, and those."""
-    left, words = [], ""
-    for span in spans:
-        attributes = dict(span.attributes or {})
-        words += "".join(str(attributes.pop(name, "")) for name in (names.INPUT_MESSAGES, names.OUTPUT_MESSAGES))
-        bare = ReadableSpan(
-            name=span.name,
-            context=span.context,
-            parent=span.parent,
-            attributes=attributes,
-            events=span.events,
-            links=span.links,
-            status=span.status,
-            start_time=span.start_time,
-            end_time=span.end_time,
-        )
-        left.append(bare)
-    return left, words
-
-
-async def planted(said: Canaries, told: Told) -> None:
-    """What must never be: a canary in each place where the search looks."""
-    tracer, meter, log = trace.get_tracer("planted"), metrics.get_meter("planted"), logging.getLogger("planted")
-    link = Link(SpanContext(1, 2, is_remote=False), {"words": said.text("span link")})
-    with tracer.start_as_current_span(said.text("span name"), links=[link]) as span:
-        span.set_attribute("words", said.text("span attribute"))
-        span.add_event(said.text("span event"), {"words": said.text("event attribute")})
-        span.set_status(Status(StatusCode.ERROR, said.text("span status")))
-    meter.create_counter("planted").add(1, {"words": said.text("metric attribute")})
-    log.debug(said.text("log message"))
-    log.debug("%s", said.text("log argument"))
-    log.debug("x", extra={"words": said.text("log extra")})
-    warnings.warn(said.text("warning"), stacklevel=1)
-    try:
-        try:
-            raise ValueError("x", {"words": said.text("argument of a cause")})
-        except ValueError as cause:
-            error = LookupError(said.text("error")[:13])
-            error.add_note(said.text("note"))
-            error.words = list(said.text("attribute, as token ids").encode())  # type: ignore[attr-defined]
-            raise error from cause
-    except LookupError as error:
-        log.exception("x")
-        told.note_error("exception", error)
-    log.debug(text_after(said.prompt("prompt"), 40)[7:20])
+    async with fake_engine(config, fail_at={5}) as (engine, _):
+        await told.fails(engine.infer(said.prompt("in a step that fails"), max_tokens=20), BackendError)
 
 
 SCENARIOS: dict[str, Scenario] = {

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tests.fakes.daemon import ROOT
-from tests.faults.canary_scenarios import SCENARIOS, captured, planted
+from tests.faults.canary import planted
+from tests.faults.canary_scenarios import SCENARIOS, captured
 
 pytestmark = pytest.mark.slow
 
