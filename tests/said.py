@@ -1,4 +1,4 @@
-"""Watches every test: of what its engines were told and have answered nothing may be in a log record, an error of ours or a span.
+"""Watches every test: nothing that its engines were told or have answered may be in a log record, an error of ours or a span.
 
 It sees the engines of the test's own process. What it takes for a quotation are ``_LENGTH`` characters on end, at every
 ``_STRIDE`` of what was told. tests/faults/test_canary.py looks at more, and more closely, on ways that it goes itself.
@@ -19,7 +19,9 @@ from ferrum_rt.runtime.generation import Generation
 from ferrum_rt.runtime.output_text import OutputText
 
 _LENGTH, _STRIDE = 16, 4
-_MOST = 200_000  # characters of what was said are kept of a test; what some say to overwhelm an engine is none the better for
+_MOST = (
+    200_000  # characters of what was said are kept of a test; what some say to overwhelm an engine is none the better for
+)
 _MAY_HOLD_WORDS = {names.INPUT_MESSAGES, names.OUTPUT_MESSAGES}
 _T = TypeVar("_T")
 
@@ -78,7 +80,9 @@ class Watch(logging.Handler):
 
     def _span(self, span: Any) -> None:
         attributes = {name: value for name, value in span.attributes.items() if name not in _MAY_HOLD_WORDS}
-        self._told.append(f"{span.name} {attributes} {[dict(event.attributes) for event in span.events]} {span.status.description}")
+        self._told.append(
+            f"{span.name} {attributes} {[dict(event.attributes) for event in span.events]} {span.status.description}"
+        )
 
 
 def _follow(kind: type, name: str, note: Callable[[tuple[Any, ...], Any], None]) -> None:

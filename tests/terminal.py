@@ -122,7 +122,7 @@ class Terminal:
 
 @contextmanager
 def terminal(*arguments: str, lines: int = 30, columns: int = 100, has_keys: bool = True) -> Iterator[Terminal]:
-    """``ferrum-rt`` with these arguments, in one of so many lines and columns; standard error is a pipe. Without keys standard
+    """``ferrum-rt`` with these arguments, in one of this size; standard error is a pipe. Without keys standard
     input is none."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(ours, (lines, columns))

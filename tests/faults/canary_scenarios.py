@@ -257,8 +257,9 @@ async def cut_short(said: Canaries, told: Told) -> None:
             await until(lambda: engine.status_now().requests.running == 1)
             await engine.shutdown()
         await told.fails(engine.infer(said.prompt("after the end")), Cancelled)
-    async with fake_engine(step_s=0.1) as (engine, _):
-        await told.fails(engine.infer(said.prompt("too late"), max_tokens=9, deadline_s=0.01), DeadlineExceeded)
+    chunked = {"scheduler": {"max_running_requests": 1}, "batching": {"max_batched_tokens": 2}}
+    async with fake_engine(chunked, step_s=0.02) as (engine, _):
+        await told.fails(engine.infer(said.prompt("too late"), max_tokens=9, deadline_s=0.05), DeadlineExceeded)
 
 
 async def cut_short_over_the_socket(said: Canaries, told: Told) -> None:

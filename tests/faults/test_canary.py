@@ -55,7 +55,17 @@ def test_content_that_is_asked_for_is_in_two_attributes(report: dict[str, Any]) 
     assert one["fault"] is None, one["fault"]
     assert one["leaks"] == []
     told = set(one["captured"])
-    assert told >= {"prompt", "samples", "batch", "stream", "turn", "system message", "chat message", "tool result", "an answer"}
+    assert told >= {
+        "prompt",
+        "samples",
+        "batch",
+        "stream",
+        "turn",
+        "system message",
+        "chat message",
+        "tool result",
+        "an answer",
+    }
     assert told & {"stop string", "bad word", "metadata", "tool"} == set()
 
 

@@ -1,8 +1,9 @@
 """The spans of a request's phases: one upon the other from its admission to its end, whatever becomes of it; and of steps."""
 
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import anyio
@@ -15,7 +16,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
 from ferrum_rt.interfaces import telemetry as names
-from ferrum_rt.interfaces.errors import BackendError, DeadlineExceeded, FerrumError, RequestValidationError
+from ferrum_rt.interfaces.errors import BackendError, Cancelled, DeadlineExceeded, FerrumError, RequestValidationError
 from ferrum_rt.interfaces.telemetry import Phase
 from ferrum_rt.interfaces.types import RequestId, StreamChunk
 from ferrum_rt.load.results import SpanRecord
@@ -30,12 +31,12 @@ SLOW_READERS = {"batching": {"stream_capacity": 2}}
 # Two requests of 20 tokens have room beside each other, but not to their ends.
 FEW_PAGES = {"kv_cache": {"num_pages": 7, "block_size": 4, "prefix_caching": False}}
 
-# What may follow what. A sample of several may get its slot when another has begun to decode; what was computed before a
-# preemption, or an unfinished read, may arrive after it.
+# What may follow what. What was computed before a
+# preemption may arrive after it, and find its reader slow.
 FOLLOWERS = {
     QUEUE: {PREFILL},
     PREFILL: {DECODE, PARKED, PREEMPTED},
-    DECODE: {PREFILL, PARKED, PREEMPTED},
+    DECODE: {PARKED, PREEMPTED},
     PARKED: {DECODE, PREEMPTED},
     PREEMPTED: {PREFILL, PARKED},
 }
@@ -62,7 +63,7 @@ def trees(recorder: SpanRecorder) -> list[RequestTree]:
     for tree in found:
         assert list(faults(tree, tolerance=0.0)) == []
         phases = phases_of(tree)
-        assert all(phase in FOLLOWERS[before] for before, phase in zip(phases, phases[1:], strict=False)), phases
+        assert all(phase in FOLLOWERS[before] for before, phase in pairwise(phases)), phases
     return found
 
 
@@ -172,7 +173,9 @@ async def test_rounds_are_one_decode(recorder: SpanRecorder) -> None:
     ],
     ids=["first step", "fourth step", "NaN", "too long"],
 )
-async def test_failures(recorder: SpanRecorder, prompt: str, fake: Any, kind: type[FerrumError], phases: list[Phase]) -> None:
+async def test_failures(
+    recorder: SpanRecorder, prompt: str, fake: Any, kind: type[FerrumError], phases: list[Phase]
+) -> None:
     """What was begun is ended, with the request's span, which has the error's code."""
     async with fake_engine(**fake) as (engine, _):
         with pytest.raises(kind):
@@ -184,12 +187,12 @@ async def test_failures(recorder: SpanRecorder, prompt: str, fake: Any, kind: ty
 
 
 async def test_a_step_that_fails_takes_back_those_who_are_not_its_cause(recorder: SpanRecorder) -> None:
-    """They run again, alone, and end as they would have."""
+    """They wait for each other, run again, and end as they would have."""
     async with fake_engine(fail_at={3}) as (engine, _):
         await engine.infer_batch(["one", "two", "three"], max_tokens=10)
-    for tree in trees(recorder):
-        assert not tree.root.is_error
-        assert phases_of(tree)[-2:] == [PREFILL, DECODE]
+    found = trees(recorder)
+    assert not any(tree.root.is_error for tree in found)
+    assert any(PREEMPTED in phases_of(tree) for tree in found)
 
 
 @asynccontextmanager
@@ -205,8 +208,8 @@ async def in_phase(phase: Phase) -> AsyncIterator[tuple[Runtime, anyio.CancelSco
 
     async def one(engine: Runtime, prompt: str, max_tokens: int) -> None:
         async with engine.infer_stream(prompt, max_tokens=max_tokens) as chunks:
-            if phase is not PARKED:
-                await rest(chunks)
+            with suppress(Cancelled):
+                await (anyio.sleep_forever() if phase is PARKED else rest(chunks))
             await anyio.sleep_forever()
 
     async with fake_engine(config, **fake) as (engine, _), anyio.create_task_group() as tasks:
@@ -246,9 +249,9 @@ async def test_deadlines(recorder: SpanRecorder) -> None:
         async with engine.infer_stream("first", max_tokens=900):
             with pytest.raises(DeadlineExceeded):
                 await engine.infer("waits", max_tokens=9, deadline_s=0.02)
-    async with fake_engine(step_s=0.1) as (engine, _):
+    async with fake_engine({"batching": {"max_batched_tokens": 2}, **ONE_SLOT}, step_s=0.002) as (engine, _):
         with pytest.raises(DeadlineExceeded):
-            await engine.infer("begins", max_tokens=9, deadline_s=0.01)
+            await engine.infer("begins" * 50, max_tokens=9, deadline_s=0.02)
     decodes, first, waits, begins = trees(recorder)
     assert phases_of(decodes) == [QUEUE, PREFILL, DECODE]
     assert (decodes.root.attributes[names.FINISH_REASONS], decodes.root.is_error) == (("deadline",), False)
@@ -291,7 +294,7 @@ async def _run(plan: dict[str, Any], wanted: list[dict[str, Any]]) -> int:
         "batching": {"max_batched_tokens": max(plan["budget"], plan["slots"]), "stream_capacity": plan["capacity"]},
     }
 
-    async def one(engine: Runtime, number: int, request: dict[str, Any]) -> None:
+    async def one(engine: Runtime, request: dict[str, Any]) -> None:
         for _ in range(request["begins_after"]):
             await anyio.lowlevel.checkpoint()
         fields = {name: request[name] for name in ("max_tokens", "n", "priority")}
@@ -307,8 +310,8 @@ async def _run(plan: dict[str, Any], wanted: list[dict[str, Any]]) -> int:
 
     async with fake_engine(config, fail_at=plan["fail_at"], max_rounds=plan["rounds"]) as (engine, _):
         async with anyio.create_task_group() as tasks:
-            for number, request in enumerate(wanted):
-                tasks.start_soon(one, engine, number, request)
+            for request in wanted:
+                tasks.start_soon(one, engine, request)
         counts = engine.status_now().requests
         assert not engine._active
     return counts.finished + counts.failed + counts.cancelled
@@ -358,7 +361,7 @@ async def test_a_steps_span_links_to_the_requests_in_it(recorder: SpanRecorder, 
         assert step.trace_id not in {root.trace_id for root in roots.values()}
     assert len({step.trace_id for step in steps}) == len(steps)
     told = steps[0].attributes
-    assert told[names.STEP_PREFILLS] == len(steps[0].links) + told[names.STEP_DECODES] == told[names.STEP_RUNNING]  # type: ignore[operator]
+    assert (told[names.STEP_PREFILLS], told[names.STEP_DECODES]) == (len(steps[0].links), 0)
     assert sum(int(str(step.attributes[names.STEP_PREFILL_TOKENS])) for step in steps) >= len("onetwosamples")
 
 
@@ -374,12 +377,11 @@ async def test_so_many_steps_a_second_have_spans(recorder: SpanRecorder, monkeyp
 # -- nothing --------------------------------------------------------------------------------------------------------------
 
 
-class Counting(trace.Tracer):
+class Counting:
     """Counts the spans that are asked of another tracer."""
 
     def __init__(self, tracer: trace.Tracer) -> None:
         self._tracer, self.num_started = tracer, 0
-        self.start_as_current_span = tracer.start_as_current_span  # type: ignore[method-assign]
 
     def start_span(self, *arguments: Any, **named: Any) -> trace.Span:
         self.num_started += 1
@@ -391,8 +393,8 @@ UNSAMPLED = trace.NonRecordingSpan(trace.SpanContext(0xABC, 0xDEF, is_remote=Fal
 
 @pytest.mark.parametrize("kind", ["sampler", "caller", "no SDK"])
 async def test_what_is_not_sampled_is_not_recorded(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """By the host's sampler, by the caller's decision, or since there is no SDK: one span is asked for, and nothing is worked
-    out for it, no phase and no link."""
+    """By the host's sampler, by the caller's decision, or since there is no SDK: one span is asked for, and nothing is
+    worked out for it, no phase and no link."""
     recorder = record(monkeypatch, **({"sampler": ALWAYS_OFF} if kind == "sampler" else {}))
     if kind == "no SDK":
         monkeypatch.setattr(tracing, "_TRACER", trace.NoOpTracer())
@@ -416,7 +418,7 @@ async def test_what_is_not_sampled_is_not_recorded(monkeypatch: pytest.MonkeyPat
                 await rest(chunks)
     assert counting.num_started == 1
     assert not described
-    assert list(steps_of(recorder.take())) == [] or kind != "sampler"
+    assert kind != "sampler" or recorder.take() == []
 
 
 async def test_requests_in_one_step_that_are_sampled_apart(monkeypatch: pytest.MonkeyPatch) -> None:
