@@ -27,11 +27,17 @@ _CONTROL = re.compile(r"\x1b\[(\??\d*)([A-Za-z])")
 class Screen:
     """What a terminal shows that understands as much as ferrum-rt says, and nothing else."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_lines: int, num_columns: int) -> None:
         self.lines: list[str] = [""]
+        self.num_drawn = 0  # pictures, which begin at the top
+        self._num_lines, self._num_columns = num_lines, num_columns
         self.is_alternate, self.has_cursor = False, True
         self._row = self._column = 0
         self._pending = ""
+
+    def resize(self, num_lines: int, num_columns: int) -> None:
+        self._num_lines, self._num_columns = num_lines, num_columns
+        self.lines = [line[:num_columns] for line in self.lines[:num_lines]]
 
     def feed(self, text: str) -> None:
         text, self._pending = self._pending + text, ""
@@ -49,6 +55,7 @@ class Screen:
             position += 1
             if character == "\n":
                 self._row += 1
+                assert self._row < self._num_lines, "it would scroll"
                 self.lines += [""] * (self._row + 1 - len(self.lines))
             elif character == "\r":
                 self._column = 0
@@ -56,6 +63,7 @@ class Screen:
                 line = self.lines[self._row].ljust(self._column)
                 self.lines[self._row] = line[: self._column] + character + line[self._column + 1 :]
                 self._column += 1
+                assert self._column <= self._num_columns, "it would wrap"
 
     def _obey(self, number: str, letter: str) -> None:
         match number + letter:
@@ -65,6 +73,7 @@ class Screen:
             case "?25h" | "?25l":
                 self.has_cursor = letter == "h"
             case "H":
+                self.num_drawn += 1
                 self._row = self._column = 0
             case "K":
                 self.lines[self._row] = self.lines[self._row][: self._column]
@@ -78,8 +87,8 @@ class Screen:
 class Terminal:
     """``modes`` are the terminal's own, as termios has them."""
 
-    def __init__(self, process: subprocess.Popen[bytes], ours: int) -> None:
-        self.process, self.screen = process, Screen()
+    def __init__(self, process: subprocess.Popen[bytes], ours: int, screen: Screen) -> None:
+        self.process, self.screen = process, screen
         self._ours = ours
 
     @property
@@ -87,7 +96,11 @@ class Terminal:
         return termios.tcgetattr(self._ours)
 
     def resize(self, lines: int, columns: int) -> None:
+        """Wait until something is drawn on it."""
+        num_drawn = self.screen.num_drawn
+        self.screen.resize(lines, columns)
         termios.tcsetwinsize(self._ours, (lines, columns))
+        self.until(lambda _: self.screen.num_drawn > num_drawn)
 
     def type(self, keys: str) -> None:
         os.write(self._ours, keys.encode())
@@ -129,7 +142,7 @@ def terminal(*arguments: str, lines: int = 30, columns: int = 100, has_keys: boo
     stdin = theirs if has_keys else subprocess.DEVNULL
     command = [sys.executable, "-c", _IN_TERMINAL, *arguments]
     with subprocess.Popen(command, stdin=stdin, stdout=theirs, stderr=subprocess.PIPE, start_new_session=True) as process:
-        shown = Terminal(process, ours)
+        shown = Terminal(process, ours, Screen(lines, columns))
         try:
             yield shown
         finally:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 import ferrum_rt
+from ferrum_rt.cli.output import discard_stdout
 from ferrum_rt.cli.top_picture import Look, picture
 from ferrum_rt.interfaces.errors import ConnectionLost, PermissionDenied, first_of
 from ferrum_rt.interfaces.types import SchedulerDiagnostics
@@ -53,7 +54,10 @@ def top(arguments: argparse.Namespace) -> int:
     """Show the daemon until q is typed; once, where standard output is no terminal."""
     is_live = sys.stdout.isatty() and not arguments.once
     # Not uvloop, which would leave the terminal in non-blocking mode, for the shell too.
-    return anyio.run(_live if is_live else _once, socket_path(arguments.socket), arguments.interval)
+    status = anyio.run(_live if is_live else _once, socket_path(arguments.socket), arguments.interval)
+    if status == _HUNG_UP:
+        discard_stdout()  # of a terminal that is gone nothing can even be flushed
+    return status
 
 
 async def _once(path: Path, interval_s: float) -> int:

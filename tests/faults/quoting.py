@@ -37,9 +37,9 @@ class _QuotingDecoder(ByteDecoder):
 
 class _QuotingTokenizer(ByteTokenizer):
     def encode_batch(self, texts: Sequence[str], **options: Any) -> list[list[TokenId]]:
-        if texts[0].startswith("0"):
+        if texts and texts[0].startswith("0"):
             raise ValueError(f"cannot take {texts}")
-        if texts[0].startswith("surrogate"):
+        if texts and texts[0].startswith("surrogate"):
             texts[0].encode()
         return super().encode_batch(texts, **options)
 
