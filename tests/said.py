@@ -1,4 +1,4 @@
-"""Watches every test: nothing that its engines were told or have answered may be in a log record, an error of ours or a span.
+"""Watches every test: nothing that its engines were told or have answered may be in a log record, an error or a span.
 
 It sees the engines of the test's own process. What it takes for a quotation are ``_LENGTH`` characters on end, at every
 ``_STRIDE`` of what was told. tests/faults/test_canary.py looks at more, and more closely, on ways that it goes itself.

@@ -4,7 +4,7 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -303,7 +303,7 @@ def test_clients_are_shown(tmp_path: Path) -> None:
         with start("run", "def", "--max-tokens", "900", "--connect", place) as process:
             watching.until(lambda lines: any(row.fullmatch(line) for line in lines))
             process.kill()
-        lines = watching.until(lambda lines: lines[-1].startswith("client "))
+        lines = watching.until(lambda lines: lines[-1] == "" and lines[-2].startswith("client "))
         assert "requests   running 0, waiting 0, parked 0" in lines
         watching.type("q")
         assert watching.end() == (0, "")
@@ -374,6 +374,11 @@ def test_once_prints_one_picture(path: str) -> None:
         assert not watching.screen.is_alternate
 
 
+async def read_all(chunks: AsyncIterator[object]) -> None:
+    async for _ in chunks:
+        pass
+
+
 @pytest.mark.parametrize("option", [[], ["--once"]])
 async def test_a_pipe_gets_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: list[str]) -> None:
     """With rates, of 80 columns and as many lines as it takes, and nothing in it but text; clients are in it with what they
@@ -382,8 +387,11 @@ async def test_a_pipe_gets_one_picture(tmp_path: Path, capsys: pytest.CaptureFix
         request = other.infer_stream("x", max_tokens=900, client_id=ClientId("ada"))
         async with request as chunks:
             await anext(chunks)
-            arguments = ["top", "--socket", str(path), "--interval", "0.1", *option]
-            assert await anyio.to_thread.run_sync(main, arguments) == 0
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(read_all, chunks)
+                arguments = ["top", "--socket", str(path), "--interval", "0.1", *option]
+                assert await anyio.to_thread.run_sync(main, arguments) == 0
+                tasks.cancel_scope.cancel()
         await until(lambda: engine.status_now().pages.active == 0)
     out, err = capsys.readouterr()
     assert err == ""

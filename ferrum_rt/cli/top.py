@@ -6,7 +6,7 @@ import signal
 import sys
 import termios
 import tty
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,15 +105,18 @@ class _Live:
 
     async def run(self) -> int:
         """The exit status."""
+        # From before the first picture on: a resize that came between would be seen only with the next.
+        receiver = anyio.open_signal_receiver(signal.SIGWINCH, signal.SIGTERM, signal.SIGHUP)
         try:
-            async with anyio.create_task_group() as self._tasks:
-                self._tasks.start_soon(self._watch_signals)
-                if sys.stdin.isatty():
-                    self._tasks.start_soon(self._watch_keys)
-                while True:
-                    self._draw()
-                    await anyio.sleep(self._interval_s)
-                    self._before, self._now = self._now, await _look(self._engine, self._path)
+            with receiver as signals:
+                async with anyio.create_task_group() as self._tasks:
+                    self._tasks.start_soon(self._watch_signals, signals)
+                    if sys.stdin.isatty():
+                        self._tasks.start_soon(self._watch_keys)
+                    while True:
+                        self._draw()
+                        await anyio.sleep(self._interval_s)
+                        self._before, self._now = self._now, await _look(self._engine, self._path)
         except BaseExceptionGroup as errors:
             raise first_of(errors) from None
         return self._status
@@ -122,13 +125,12 @@ class _Live:
         self._status = status
         self._tasks.cancel_scope.cancel()
 
-    async def _watch_signals(self) -> None:
-        with anyio.open_signal_receiver(signal.SIGWINCH, signal.SIGTERM, signal.SIGHUP) as signals:
-            async for number in signals:
-                if number == signal.SIGWINCH:
-                    self._draw()
-                else:
-                    self._end(_ENDED_BY + number)
+    async def _watch_signals(self, signals: AsyncIterator[signal.Signals]) -> None:
+        async for number in signals:
+            if number == signal.SIGWINCH:
+                self._draw()
+            else:
+                self._end(_ENDED_BY + number)
 
     async def _watch_keys(self) -> None:
         while True:

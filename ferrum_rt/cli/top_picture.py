@@ -62,8 +62,8 @@ class _Since:
         return None if grown is None else grown / self.elapsed_s
 
     def generated(self, client_id: ClientId, client: ClientDiagnostics) -> float | None:
-        """A client's tokens, per second: at least. One that had nothing under way in between is counted anew, and what it got
-        before that is not known any more."""
+        """A client's tokens, per second: at least. One that had nothing under way in between is counted anew, and what it
+        got before that is not known any more."""
         if self.before is None or self.before.diagnostics is None or self.elapsed_s <= 0:
             return None
         known = self.before.diagnostics.clients.get(client_id)

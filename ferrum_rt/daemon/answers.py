@@ -56,7 +56,7 @@ def _arrivals(engine: Runtime) -> bytes:
 
 
 def _diagnostics(engine: Runtime) -> bytes:
-    """With as many clients as go into a frame, those with the most pages first: all, unless thousands have very long names."""
+    """With as many clients as go into a frame, those with the most pages: all, unless thousands have very long names."""
     found = engine.diagnostics()
     clients = sorted(found.clients.items(), key=lambda item: item[1].num_pages, reverse=True)
     while len(content := msgspec.json.encode(found)) > _MAX_REPORT_BYTES:

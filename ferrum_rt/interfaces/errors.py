@@ -5,8 +5,8 @@ from typing import ClassVar
 
 
 class FerrumError(Exception):
-    """Base of every error this package raises on purpose. The message says what is wrong and what to do about it. It may name
-    fields, functions and ids; it quotes nothing of prompts and outputs, and neither do its causes."""
+    """Base of every error this package raises on purpose. The message says what is wrong and what to do about it. It may
+    name fields, functions and ids; it quotes nothing of prompts and outputs, and neither do its causes."""
 
     code: ClassVar[str] = "ferrum_error"
 

@@ -230,8 +230,8 @@ class Failed(_Message, frozen=True, kw_only=True, tag="failed"):
 
 
 class Report(_Message, frozen=True, kw_only=True, tag="report"):
-    """The answer to a Query: EngineStatus, EngineMetrics, HealthStatus, Arrivals or SchedulerDiagnostics as JSON; and to what
-    is done to a session."""
+    """The answer to a Query: EngineStatus, EngineMetrics, HealthStatus, Arrivals or SchedulerDiagnostics as JSON; and to
+    what is done to a session."""
 
     query_id: int
     content: str

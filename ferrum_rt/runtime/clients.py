@@ -9,8 +9,8 @@ from ferrum_rt.interfaces.types import ClientId
 
 @dataclass(slots=True)
 class ClientState:
-    """Sequences that are alive, those of them that run, the pages these hold, the tokens of prompts that wait, and those that
-    were generated for it so far."""
+    """Sequences that are alive, those of them that run, the pages these hold, the tokens of prompts that wait, and those
+    that were generated for it so far."""
 
     policy: ClientPolicy
     num_live: int = 0

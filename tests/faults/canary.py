@@ -1,6 +1,6 @@
 """Texts that nobody else writes, and everything that a process tells of itself, to be searched for them.
 
-The process is a host's, with OpenTelemetry's SDK set up as hosts set it up, for the whole of it: so this runs in one of its own.
+The process is a host's, with OpenTelemetry's SDK set up for all of it, as hosts do that: so this runs in one of its own.
 """
 
 import logging
@@ -67,8 +67,8 @@ class Canaries:
 
 
 class Told:
-    """Everything that comes out of the process from now on: spans, metrics, log records of all loggers at all levels, warnings,
-    and errors, as pairs of a kind and a text."""
+    """Everything that comes out of the process from now on: spans, metrics, log records of all loggers at all levels,
+    warnings, and errors, as pairs of a kind and a text."""
 
     def __init__(self) -> None:
         self._texts: list[tuple[str, str]] = []
@@ -118,7 +118,8 @@ class Told:
                 await call
         except Exception as error:
             self.note_error("exception", error)
-            assert isinstance(error, kind), f"not {kind.__name__} but {error!r}"
+            if not isinstance(error, kind):
+                raise
         else:
             raise AssertionError(f"no {kind.__name__} came of it")
 

@@ -1,5 +1,5 @@
-"""No prompt and no answer is in anything that the engine tells of itself: spans, metrics, log records, warnings, errors. Unless
-it is asked to put them into spans."""
+"""No prompt and no answer is in anything that the engine tells of itself: spans, metrics, log records, warnings, errors.
+Unless it is asked to put them into spans."""
 
 import json
 import subprocess
@@ -29,8 +29,8 @@ def report() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if name not in MEANT])
 def test_nothing_that_was_said_is_told(report: dict[str, Any], name: str) -> None:
-    """Whatever is said, in whichever field, on whatever way through, and whatever was answered: it went as it should, and there
-    were things told to look at."""
+    """Whatever is said, in whichever field, on whatever way through, and whatever was answered: it went as it should, and
+    there were things told to look at."""
     one = report[name]
     assert one["fault"] is None, one["fault"]
     assert one["leaks"] == []
@@ -49,8 +49,8 @@ def test_there_was_something_to_search(report: dict[str, Any]) -> None:
 
 
 def test_content_that_is_asked_for_is_in_two_attributes(report: dict[str, Any]) -> None:
-    """With ``capture_content`` what was said to the model and what it answered are in the attributes of the conventions, and in
-    nothing else; what else a request says is in neither."""
+    """With ``capture_content`` what was said to the model and what it answered are in the attributes of the conventions, and
+    in nothing else; what else a request says is in neither."""
     one = report["captured"]
     assert one["fault"] is None, one["fault"]
     assert one["leaks"] == []

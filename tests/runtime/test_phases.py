@@ -1,4 +1,4 @@
-"""The spans of a request's phases: one upon the other from its admission to its end, whatever becomes of it; and of steps."""
+"""The spans of a request's phases: one upon the other from admission to end, whatever becomes of it. And those of steps."""
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -246,7 +246,8 @@ async def test_deadlines(recorder: SpanRecorder) -> None:
     """One that passes in the queue, or before the first token, is an error; after it, a reason to end."""
     async with fake_engine(ONE_SLOT, step_s=0.002) as (engine, _):
         await engine.infer("decodes", max_tokens=900, deadline_s=0.05)
-        async with engine.infer_stream("first", max_tokens=900):
+        async with engine.infer_stream("first", max_tokens=900) as chunks:
+            await anext(aiter(chunks))
             with pytest.raises(DeadlineExceeded):
                 await engine.infer("waits", max_tokens=9, deadline_s=0.02)
     async with fake_engine({"batching": {"max_batched_tokens": 2}, **ONE_SLOT}, step_s=0.002) as (engine, _):
