@@ -32,7 +32,7 @@ from ferrum_rt.interfaces.errors import (
     ResourceExhausted,
     TokenizerError,
 )
-from ferrum_rt.interfaces.types import ChatMessage, FinishReason, RequestId
+from ferrum_rt.interfaces.types import ChatMessage, FinishReason, RequestId, SessionId
 from ferrum_rt.ipc.client import connect
 from ferrum_rt.ipc.framing import encode
 from ferrum_rt.ipc.messages import Hello
@@ -70,7 +70,7 @@ async def _all_calls(said: Canaries, engine: InferenceEngine) -> None:
     await engine.infer_batch([said.prompt("batch"), said.prompt("batch, too")], max_tokens=40, deadline_s=60.0)
     async with engine.infer_stream(said.prompt("stream"), max_tokens=40, **words) as chunks:
         assert len("".join([chunk.text async for chunk in chunks])) == 40
-    await engine.infer(said.prompt("turn"), max_tokens=40, session_id="s")
+    await engine.infer(said.prompt("turn"), max_tokens=40, session_id=SessionId("s"))
     await engine.infer(_chat(said), max_tokens=40, tools=[_tool(said)])
 
 
@@ -140,7 +140,7 @@ async def _refusals(said: Canaries, told: Told, engine: InferenceEngine) -> None
         {"tools": [_tool(said)]},  # beside a text
         {"temperature": -1.0, "stop": [said.text("beside a wrong field")]},
     ):
-        await refuse(engine.infer(said.prompt("beside a wrong field"), **fields))  # type: ignore[arg-type]
+        await refuse(engine.infer(said.prompt("beside a wrong field"), **fields))
     await told.fails(engine.infer(said.prompt("beside an unknown field"), promt=said.text("unknown")), TypeError)  # type: ignore[call-arg]
     await told.fails(engine.infer(said.prompt("not Unicode") + "\udc00"), FerrumError)
 
@@ -367,6 +367,8 @@ async def a_daemons_log(said: Canaries, told: Told) -> None:
 
 async def a_real_model(said: Canaries, told: Told) -> None:
     """Its tokenizer, its template, its grammars, its words."""
+    form: dict[str, Any]
+    definition: Any
     async with ferrum_rt.open_runtime(device="cpu", dtype="float32") as engine:
         plain = await engine.infer(said.text("prompt") + "\nimport ", max_tokens=40, **HOT)
         said.answered(plain.text)
@@ -382,7 +384,7 @@ async def a_real_model(said: Canaries, told: Told) -> None:
             ("grammar", f'start: "{said.text("grammar")}" | "b"'),
         ):
             form = {"type": kind, "definition": definition}
-            await engine.infer(said.text("beside a grammar"), max_tokens=60, response_format=form)  # type: ignore[arg-type]
+            await engine.infer(said.text("beside a grammar"), max_tokens=60, response_format=form)
         for kind, definition in (
             ("json_schema", {"type": "string", "pattern": f"({said.text('unclosed pattern')}"}),
             ("json_schema", {"allOf": [{"const": said.text("contradiction")}, {"const": said.text("its other half")}]}),
@@ -397,10 +399,10 @@ async def a_real_model(said: Canaries, told: Told) -> None:
             ("grammar", f'start: %json {{"const": "{said.text("half a schema in a grammar")}'),
         ):
             form = {"type": kind, "definition": definition}
-            call = engine.infer(said.text("beside a wrong grammar"), response_format=form)  # type: ignore[arg-type]
+            call = engine.infer(said.text("beside a wrong grammar"), response_format=form)
             await told.fails(call, RequestValidationError)
         await told.fails(engine.infer(said.text("not Unicode") + "\udc00"), FerrumError)
-        must = {"tools": [_tool(said)], "tool_choice": "required"}
+        must: dict[str, Any] = {"tools": [_tool(said)], "tool_choice": "required"}
         await told.fails(engine.infer(_chat(said), **must), FerrumError)  # its template shows no calls
 
 

@@ -147,7 +147,7 @@ _ODD_REQUEST: dict[str, tuple[Any, ...]] = {
 _ODD_IDS = ("a" * 256, "é" * 256, "\x00", "\n", "\u202e", "1/2", "never was")
 _ODD_CREDITS = (0, 1, 7, 10**6, 2**31, 2**63, _U64)
 _ODD_NUMBERS = (*_ODD_CREDITS, -1, -(2**63))
-_KINDS = ("status", "metrics", "health", "arrivals", "diagnostics")
+_KINDS: Any = ("status", "metrics", "health", "arrivals", "diagnostics")
 SESSIONS = ("s", "t", "u")
 _WORDS = ("def ", "x", "hello", "import os\n", "é", "<eos>", " ", "0123456789" * 8)
 
