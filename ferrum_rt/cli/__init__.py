@@ -20,6 +20,7 @@ from ferrum_rt.cli.run import run
 from ferrum_rt.cli.serve import add_serve_options, serve
 from ferrum_rt.cli.simulate_options import add_simulate_options
 from ferrum_rt.cli.status import status
+from ferrum_rt.cli.top import add_top_options, top
 from ferrum_rt.interfaces.errors import FerrumError
 
 ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -86,6 +87,10 @@ def _parser() -> Parser:
     add_json_option(form)
     form.add_argument("--arrivals", metavar="FILE", help="write its latest requests as a trace for simulate; - prints it")
     sub.set_defaults(command=status)
+
+    sub = commands.add_parser("top", help="watch a daemon", allow_abbrev=False)
+    add_top_options(sub)
+    sub.set_defaults(command=top)
 
     sub = commands.add_parser("simulate", help="see what an engine would make of a workload", allow_abbrev=False)
     add_simulate_options(sub)

@@ -35,16 +35,33 @@ def _report(engine: Runtime, user: User, query: Query) -> bytes:
         case "health":
             return msgspec.json.encode(engine.health_now())
         case "arrivals":
-            return _arrivals(engine, user)
+            _check_operator(user, "arrivals: they are")
+            return _arrivals(engine)
+        case "diagnostics":
+            _check_operator(user, "diagnostics: they tell")
+            return _diagnostics(engine)
 
 
-def _arrivals(engine: Runtime, user: User) -> bytes:
-    """Of the latest, as many as go into a frame: all, unless clients have very long names."""
+def _check_operator(user: User, what: str) -> None:
     if user.uid != os.geteuid():
-        raise PermissionDenied("arrivals: they are of all users, so only the one who runs the daemon is told of them")
+        raise PermissionDenied(f"{what} of all users, so only the one who runs the daemon is told of them")
+
+
+def _arrivals(engine: Runtime) -> bytes:
+    """Of the latest, as many as go into a frame: all, unless clients have very long names."""
     arrivals = engine.arrivals()
     while len(content := msgspec.json.encode(arrivals)) > _MAX_REPORT_BYTES:
         arrivals = engine.arrivals(len(arrivals) // 2)
+    return content
+
+
+def _diagnostics(engine: Runtime) -> bytes:
+    """With as many clients as go into a frame, those with the most pages: all, unless thousands have very long names."""
+    found = engine.diagnostics()
+    clients = sorted(found.clients.items(), key=lambda item: item[1].num_pages, reverse=True)
+    while len(content := msgspec.json.encode(found)) > _MAX_REPORT_BYTES:
+        clients = clients[: len(clients) // 2]
+        found = msgspec.structs.replace(found, clients=dict(clients))
     return content
 
 

@@ -1,10 +1,12 @@
 """The errors a caller can meet: one tree, each with a stable ``code`` that is the same in-process and over the socket."""
 
+import os
 from typing import ClassVar
 
 
 class FerrumError(Exception):
-    """Base of every error this package raises on purpose. The message says what is wrong and what to do about it."""
+    """Base of every error this package raises on purpose. The message says what is wrong and what to do about it. It may
+    name fields, functions and ids; it quotes nothing of prompts and outputs, and neither do its causes."""
 
     code: ClassVar[str] = "ferrum_error"
 
@@ -117,6 +119,27 @@ def as_ferrum_error(kind: type[FerrumError], what: str, error: Exception) -> Fer
     failure = kind(f"{what}: {error!r}")
     failure.__cause__ = error
     return failure
+
+
+def without_words(kind: type[FerrumError], what: str, error: BaseException) -> FerrumError:
+    """As ``as_ferrum_error``, of what was raised over a text: the message may quote it, so only the class and the place are
+    told, and the error is not the cause of the new one."""
+    if isinstance(error, FerrumError):
+        return error
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return kind(f"{what}: {type(error).__name__}{_place(error)}")
+
+
+def _place(error: BaseException) -> str:
+    """Where it was raised."""
+    traceback = error.__traceback__
+    if traceback is None:
+        return ""
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    code = traceback.tb_frame.f_code
+    return f" at {os.path.basename(code.co_filename)}:{traceback.tb_lineno} in {code.co_qualname}"
 
 
 def error_classes() -> dict[str, type[FerrumError]]:

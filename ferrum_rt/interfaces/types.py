@@ -409,8 +409,8 @@ class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
 
 class ClientDiagnostics(msgspec.Struct, frozen=True, kw_only=True):
     """What one client has in the scheduler: sequences that are alive, those of them that wait and those that have a slot,
-    the pages these hold, the tokens of prompts that wait. ``served`` is weighted tokens of service by priority, where
-    clients compete."""
+    the pages these hold, the tokens of prompts that wait, and those that were generated for it since it last had nothing
+    under way. ``served`` is weighted tokens of service by priority, where clients compete."""
 
     num_live: int
     num_waiting: int
@@ -418,6 +418,7 @@ class ClientDiagnostics(msgspec.Struct, frozen=True, kw_only=True):
     num_pages: int
     num_queued_tokens: int
     served: dict[str, float]
+    generated_tokens: int
 
 
 class SchedulerDiagnostics(msgspec.Struct, frozen=True, kw_only=True):

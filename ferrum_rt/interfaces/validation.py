@@ -329,7 +329,7 @@ def _priority(name: str, value: Any) -> Priority:
 
 def _metadata(name: str, value: Any) -> dict[str, str]:
     if not isinstance(value, Mapping):
-        refuse(name, "a dict of strings", shown(value))
+        refuse(name, "a dict of strings", kind_of(value))
     if len(value) > MAX_METADATA:
         refuse(name, f"a dict of at most {MAX_METADATA} entries", str(len(value)))
     checked = {}

@@ -39,6 +39,7 @@ from ferrum_rt.interfaces.types import (
     Prompt,
     RequestId,
     RequestMetrics,
+    SchedulerDiagnostics,
     SessionId,
     StreamChunk,
 )
@@ -273,6 +274,11 @@ class Client:
         """What the daemon's engine has had of all users' requests lately, as ``Runtime.arrivals`` has it. Raises
         PermissionDenied for all but the user who runs the daemon."""
         return msgspec.json.decode(await self._ask(Query, kind="arrivals"), type=list[Arrival])
+
+    async def fetch_diagnostics(self) -> SchedulerDiagnostics:
+        """Why the daemon's scheduler does what it does, and for which clients, as ``Runtime.diagnostics`` has it. Raises
+        PermissionDenied for all but the user who runs the daemon."""
+        return msgspec.json.decode(await self._ask(Query, kind="diagnostics"), type=SchedulerDiagnostics)
 
     async def _ask(self, question: Callable[..., ClientMessage], **fields: Any) -> str:
         """The content of the report that answers a message of this class. Raises what the daemon refuses it with."""

@@ -22,8 +22,11 @@ _OF_SERVERS: msgspec.msgpack.Decoder[ServerMessage] = msgspec.msgpack.Decoder(Se
 
 
 def encode(message: ClientMessage | ServerMessage) -> bytes:
-    """One frame. Raises InvalidFormat for a message that is too long for one."""
-    body = _ENCODER.encode(message)
+    """One frame. Raises InvalidFormat for a message that is too long for one, or has text that is none."""
+    try:
+        body = _ENCODER.encode(message)
+    except UnicodeEncodeError as error:
+        raise InvalidFormat(f"the message has text that is not valid Unicode: {error.reason}") from None
     if len(body) > MAX_FRAME_BYTES:
         raise InvalidFormat(f"the message has {len(body)} bytes; a frame takes at most {MAX_FRAME_BYTES}")
     return len(body).to_bytes(_HEADER_BYTES, "little") + body
@@ -83,7 +86,7 @@ class FrameDecoder(Generic[T]):
         try:
             return self._decoder.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise InvalidFormat(f"not a message of protocol version 1: {error}") from error
+            raise InvalidFormat(f"not a message of protocol version 1: {error}") from None  # it has all of the bytes
 
 
 def client_decoder(max_frame_bytes: int = MAX_FRAME_BYTES) -> FrameDecoder[ClientMessage]:

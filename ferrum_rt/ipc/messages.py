@@ -137,10 +137,11 @@ class Cancel(_Message, frozen=True, kw_only=True, tag="cancel"):
 
 
 class Query(_Message, frozen=True, kw_only=True, tag="query"):
-    """Asks for a Report, which carries the same ``query_id``. ``arrivals`` is for the daemon's own user alone."""
+    """Asks for a Report, which carries the same ``query_id``. ``arrivals`` and ``diagnostics`` are for the daemon's own user
+    alone."""
 
     query_id: int
-    kind: Literal["status", "metrics", "health", "arrivals"]
+    kind: Literal["status", "metrics", "health", "arrivals", "diagnostics"]
 
 
 class Goodbye(_Message, frozen=True, kw_only=True, tag="goodbye"):
@@ -229,8 +230,8 @@ class Failed(_Message, frozen=True, kw_only=True, tag="failed"):
 
 
 class Report(_Message, frozen=True, kw_only=True, tag="report"):
-    """The answer to a Query: EngineStatus, EngineMetrics, HealthStatus or Arrivals as JSON; and to what is done to a
-    session."""
+    """The answer to a Query: EngineStatus, EngineMetrics, HealthStatus, Arrivals or SchedulerDiagnostics as JSON; and to
+    what is done to a session."""
 
     query_id: int
     content: str

@@ -11,14 +11,14 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
 
-from ferrum_rt.interfaces.errors import RequestValidationError, TokenizerError
+from ferrum_rt.interfaces.errors import RequestValidationError, TokenizerError, without_words
 from ferrum_rt.interfaces.types import ChatMessage, Tool, ToolCall
 from ferrum_rt.runtime.template_budget import TemplateLimitError
 from ferrum_rt.runtime.template_guard import GuardedEnvironment
 
 # Characters. The longest templates in use have some ten thousand.
 MAX_TEMPLATE = 1 << 17
-# Of what a template or Python says about a failure, so much is passed on.
+# Of what a template says about a failure, so much is passed on.
 MAX_COMPLAINT = 1000
 # The C library takes 256 characters for each of a time's pattern.
 MAX_TIME_PATTERN = 1000
@@ -61,13 +61,17 @@ class ChatTemplate:
             }
             return self._template.render(variables, **self._environment.budget())
         except TemplateLimitError as error:
-            raise RequestValidationError(f"prompt: the model's chat template was stopped: {error}") from error
+            raise RequestValidationError(f"prompt: the model's chat template was stopped: {error}") from None
         except jinja2.TemplateError as error:
-            complaint = str(error)[:MAX_COMPLAINT]
-            raise RequestValidationError(f"prompt: the model's chat template refuses these messages: {complaint}") from error
+            fault = f"prompt: the model's chat template refuses these messages: {self._words_of(error)}"
+            raise RequestValidationError(fault) from None
         except Exception as error:  # a template can raise whatever the values it touches raise
-            complaint = repr(error)[:MAX_COMPLAINT]
-            raise RequestValidationError(f"prompt: the model's chat template failed: {complaint}") from error
+            raise without_words(RequestValidationError, "prompt: the model's chat template failed", error) from None
+
+    def _words_of(self, error: jinja2.TemplateError) -> str:
+        """What the template itself says, if it says nothing else: it can put together a message from what it was given."""
+        said = str(error)
+        return said[:MAX_COMPLAINT] if said in self.source else type(error).__name__
 
 
 def _turn(message: ChatMessage, protect: Protect) -> dict[str, Any]:

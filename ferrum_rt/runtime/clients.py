@@ -9,13 +9,15 @@ from ferrum_rt.interfaces.types import ClientId
 
 @dataclass(slots=True)
 class ClientState:
-    """Sequences that are alive, those of them that run, the pages these hold, and the tokens of prompts that wait."""
+    """Sequences that are alive, those of them that run, the pages these hold, the tokens of prompts that wait, and those
+    that were generated for it so far."""
 
     policy: ClientPolicy
     num_live: int = 0
     num_running: int = 0
     num_pages: int = 0
     num_queued_tokens: int = 0
+    num_generated: int = 0
 
 
 class Clients:

@@ -2,6 +2,7 @@
 expressions, github.com/guidance-ai/llguidance)."""
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,14 @@ LIMITS = LLParserLimits(
     precompute_large_lexemes=False,
     verbose_errors=False,
 )
+
+# What stands in llguidance's messages of a definition: regular expressions, and lines with carets below them.
+_QUOTATIONS = (
+    (re.compile(r'invalid regex ".*" \(in regex\): ', re.DOTALL), "invalid regex: "),
+    (re.compile(r"regex parse error:\n.*\nerror: ", re.DOTALL), "regex parse error: "),
+    (re.compile(r"^\s*(\d+ \|.*|\^+)$", re.MULTILINE), ""),
+)
+_LONG_WORD = re.compile(r"\S{11,}")
 
 # Left to itself, llguidance computes all that the grammar forces as soon as it is forced (a{1000000} is a million bytes, out
 # of fuel's reach), and of the tokens that the grammar allows there, only one would be in the mask.
@@ -160,14 +169,24 @@ def _try_out(grammar: LlGrammar, vocab_size: int) -> None:
 
 
 def _explain(error: str) -> str:
-    """llguidance's message, without backtraces and without quoting much of the definition."""
+    """llguidance's message, without backtraces and without quoting more of the definition than a few words of it."""
     if error.startswith("panic") or not error.strip():
         return "the definition is too complex"
     if error.startswith("oneOf"):
         return "oneOf is supported only where its options plainly exclude one another; anyOf may serve"
+    if error.startswith("Unsatisfiable schema"):  # and then its values
+        return "unsatisfiable schema: its constraints contradict one another"
+    for quoted, instead in _QUOTATIONS:
+        error = quoted.sub(instead, error)
     text = error.replace("<non-verbose/>", "").replace("Unimplemented keys", "unsupported keywords")
-    text = " ".join(text.split())
+    text = _LONG_WORD.sub(_without_data, " ".join(text.split()))
     return text if len(text) <= 300 else text[:300] + " …"
+
+
+def _without_data(word: re.Match[str]) -> str:
+    """A long word, if it is one."""
+    is_word = word[0].strip("\"'`[](){},.:;").replace("-", "").isalpha()
+    return word[0] if is_word else "…"
 
 
 def _read_tokenizer(

@@ -62,7 +62,7 @@ _LARK_TOKEN = re.compile(
 
 
 def refuse(why: str) -> NoReturn:
-    raise RequestValidationError(f"response_format: {why}")
+    raise RequestValidationError(f"response_format: {why}") from None
 
 
 def check_size(text: str, limit: int) -> None:

@@ -6,7 +6,7 @@ from functools import partial
 import anyio
 
 from ferrum_rt.interfaces.config import EngineConfig
-from ferrum_rt.interfaces.errors import BackendError, FerrumError, ResourceExhausted, TokenizerError, as_ferrum_error
+from ferrum_rt.interfaces.errors import BackendError, FerrumError, ResourceExhausted, TokenizerError, without_words
 from ferrum_rt.interfaces.grammar import Grammar
 from ferrum_rt.interfaces.types import InferenceRequest
 from ferrum_rt.runtime.generation import Generation
@@ -81,7 +81,7 @@ class Preparation:
                 grammar = await thread.run(partial(compile_grammar, generation.request, self._model))
             except Exception as error:  # whatever a grammar does to its compiler
                 if not generation.is_finished:
-                    self._fail(generation, as_ferrum_error(BackendError, "the grammar cannot be compiled", error))
+                    self._fail(generation, without_words(BackendError, "the grammar cannot be compiled", error))
                 continue
             finally:
                 generation.is_queued = False
@@ -109,4 +109,4 @@ class Preparation:
         except FerrumError as error:
             return error
         except Exception as error:  # whatever a tokenizer or a template makes of this prompt, it is this request's
-            return as_ferrum_error(TokenizerError, "the prompt cannot be encoded", error)
+            return without_words(TokenizerError, "the prompt cannot be encoded", error)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ferrum_rt.interfaces.errors import BackendError, FerrumError, RequestValidationError
+from ferrum_rt.interfaces.errors import BackendError, FerrumError, RequestValidationError, without_words
 from ferrum_rt.interfaces.grammar import GrammarMatcher
 from ferrum_rt.interfaces.sampler import LogitsProcessor, SamplingConfig, SamplingContext, SequenceHistory
 from ferrum_rt.interfaces.types import TokenId
@@ -149,7 +149,7 @@ class Processors:
             except FerrumError as error:
                 state.error = error
             except Exception as error:  # whatever it is, it is one request's
-                state.error = BackendError(f"the grammar of this request's output failed: {error!r}")
+                state.error = without_words(BackendError, "the grammar of this request's output failed", error)
             if state.allowed is not None:
                 self._mask_bytes[slot] &= state.allowed
 

@@ -22,8 +22,8 @@ from ferrum_rt.interfaces.errors import (
     RequestValidationError,
     ResourceExhausted,
     TokenizerError,
-    as_ferrum_error,
     first_of,
+    without_words,
 )
 from ferrum_rt.interfaces.grammar import Grammar
 from ferrum_rt.interfaces.requests import RequestFields, build_request, check_sessions, check_vocabulary, due_within
@@ -424,7 +424,7 @@ class Runtime:
             self._scheduler.submit(resolve(encoded, grammar, self._model, self._config, generation.submitted_at))
             self._engine.notify()
         except Exception as error:  # what is wrong with the request, or whatever its prompt does to a detokenizer
-            self._fail(generation, as_ferrum_error(TokenizerError, "the prompt cannot be gone on from", error))
+            self._fail(generation, without_words(TokenizerError, "the prompt cannot be gone on from", error))
 
     async def _detokenize(self) -> None:
         async for batch in self._updates:
@@ -444,7 +444,7 @@ class Runtime:
         try:
             reason = generation.advance(update, time.monotonic())
         except Exception as error:  # whatever the output's text does to those who read it
-            self._fail(generation, as_ferrum_error(TokenizerError, "the output cannot be turned into text", error))
+            self._fail(generation, without_words(TokenizerError, "the output cannot be turned into text", error))
             return
         if reason is not None and update.finish_reason is None:  # a stop string, which the scheduler knows nothing of
             self._drop(generation, update.index)

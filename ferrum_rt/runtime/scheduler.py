@@ -462,8 +462,9 @@ class UnifiedScheduler:
         sequence.num_pending -= 1
         sequence.tokens.append(token_id)
         sequence.mirostat_mu = sampled.mirostat_mu
-        self._generated_tokens += 1
         request = sequence.request
+        self._generated_tokens += 1
+        self._clients[request.client_id].num_generated += 1
         update.token_ids.append(token_id)
         if sampled.scores is not None:
             update.scores = (*update.scores, sampled.scores)

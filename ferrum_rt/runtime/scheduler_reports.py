@@ -24,6 +24,7 @@ def diagnose(
             num_pages=client.num_pages,
             num_queued_tokens=client.num_queued_tokens,
             served={priority.name.lower(): own[client_id] for priority, own in served.items() if client_id in own},
+            generated_tokens=client.num_generated,
         )
         for client_id, client in clients.items()
     }

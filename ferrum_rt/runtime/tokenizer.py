@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
 
-from ferrum_rt.interfaces.errors import FerrumError, RequestValidationError, TokenizerError
+from ferrum_rt.interfaces.errors import FerrumError, RequestValidationError, TokenizerError, without_words
 from ferrum_rt.interfaces.tokenizer import IncrementalTokenizer, TokenizerInfo
 from ferrum_rt.interfaces.types import ChatMessage, SpecialTokens, TokenId, Tool
 from ferrum_rt.runtime.chat_template import ChatTemplate
@@ -89,7 +89,9 @@ def _tokenizer_errors(texts: Sequence[str]) -> Iterator[None]:
     except FerrumError:
         raise
     except Exception as error:  # it raises plain Exception, and a TypeError for lone surrogates
-        raise TokenizerError(f"the text cannot be tokenized: {_unicode_fault(texts) or error}") from error
+        if fault := _unicode_fault(texts):
+            raise TokenizerError(f"the text cannot be tokenized: {fault}") from None
+        raise without_words(TokenizerError, "the text cannot be tokenized", error) from None
 
 
 def _unicode_fault(texts: Sequence[str]) -> str | None:

@@ -216,7 +216,9 @@ class Conversations(RuleBasedStateMachine):
         self.say(number, encode(Cancel(request_id=request_id)))
 
     @rule(
-        number=numbers, kind=st.sampled_from(("status", "metrics", "health", "arrivals")), count=st.sampled_from((1, 2, 50))
+        number=numbers,
+        kind=st.sampled_from(("status", "metrics", "health", "arrivals", "diagnostics")),
+        count=st.sampled_from((1, 2, 50)),
     )
     def query(self, number: int, kind: Any, count: int) -> None:
         self.say(number, b"".join(encode(Query(query_id=at, kind=kind)) for at in range(count)))

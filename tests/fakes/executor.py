@@ -129,7 +129,7 @@ class ByteTokenizer:
         try:
             return [_tokens(text, parse_special_tokens) for text in texts]
         except UnicodeEncodeError as error:
-            raise TokenizerError(f"the text cannot be tokenized: {error}") from error
+            raise TokenizerError(f"the text cannot be tokenized: {error}") from None
 
     def encode_chat(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> list[TokenId]:
         """The names of the tools in a line, then each message in one."""

@@ -147,6 +147,7 @@ _ODD_REQUEST: dict[str, tuple[Any, ...]] = {
 _ODD_IDS = ("a" * 256, "é" * 256, "\x00", "\n", "\u202e", "1/2", "never was")
 _ODD_CREDITS = (0, 1, 7, 10**6, 2**31, 2**63, _U64)
 _ODD_NUMBERS = (*_ODD_CREDITS, -1, -(2**63))
+_KINDS: Any = ("status", "metrics", "health", "arrivals", "diagnostics")
 SESSIONS = ("s", "t", "u")
 _WORDS = ("def ", "x", "hello", "import os\n", "é", "<eos>", " ", "0123456789" * 8)
 
@@ -224,7 +225,7 @@ def odd_message(rng: Random, ids: tuple[str, ...]) -> ClientMessage:
         case 6 | 7:
             return Cancel(request_id=request_id)
         case 8:
-            return Query(query_id=rng.choice(_ODD_NUMBERS), kind=rng.choice(("status", "metrics", "health", "arrivals")))
+            return Query(query_id=rng.choice(_ODD_NUMBERS), kind=rng.choice(_KINDS))
         case 9:
             return odd_session_message(rng)
         case _:

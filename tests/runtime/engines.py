@@ -27,8 +27,8 @@ async def fake_engine(config: dict[str, Any] | None = None, **fake: Any) -> Asyn
         yield engine, executor
 
 
-def text_after(prompt: str, count: int) -> str:
-    return bytes(expected_tokens(prompt.encode(), count)).decode()
+def text_after(prompt: str, count: int, *, sample: int = 0) -> str:
+    return bytes(expected_tokens(prompt.encode(), count, sample=sample)).decode()
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -426,5 +426,21 @@ def test_depth(name: str) -> None:
 def test_complaints_are_cut() -> None:
     """What a template complains of can be as long as a prompt; its first thousand characters are passed on."""
     with pytest.raises(RequestValidationError) as raised:
-        render("{{ raise_exception('x' * 100000) }}")
+        render("{{ raise_exception('" + "x" * 100_000 + "') }}")
     assert 1000 < len(str(raised.value)) < 1100
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ raise_exception('no ' + messages[0].content) }}",
+        "{{ {}[messages[0].content].x }}",
+        "{{ messages[0].content.x() }}",
+    ],
+)
+def test_complaints_quote_no_message(source: str) -> None:
+    """What a template puts together, or Python makes of what it is given, is told by its class alone, and is no cause."""
+    with pytest.raises(RequestValidationError, match=r"the model's chat template \w+ these messages: \w+Error$") as raised:
+        render(source, [user("something private")])
+    assert raised.value.__cause__ is None
+    assert raised.value.__suppress_context__
