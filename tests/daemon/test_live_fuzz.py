@@ -346,7 +346,7 @@ class UvloopConversations(Conversations):
     new_loop = staticmethod(uvloop.new_event_loop)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("machine", [Conversations, UvloopConversations])
 def test_conversations(machine: type[Conversations]) -> None:
     """Whatever several clients say, the protocol is kept with each of them, somebody else is answered, nothing is raised
@@ -416,7 +416,7 @@ async def test_a_large_attack_ends_its_connection(tmp_path: Path) -> None:
             assert line.ledger.is_cut, name
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_the_long_run_in_short(tmp_path: Path) -> None:
     """tools/fuzz_daemon.py finds nothing, and says so in JSON; it has sent what it was told to, most of it hostile."""
     command = [sys.executable, "-m", "tools.fuzz_daemon", "--frames", "1500", "--corpus", str(tmp_path)]

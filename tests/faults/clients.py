@@ -76,6 +76,7 @@ async def _reports(path: Path) -> None:
         await client.status()
         assert (await client.health_check()).healthy
         await client.fetch_arrivals()
+        await client.fetch_diagnostics()
         client.metrics()
 
 

@@ -12,7 +12,7 @@ from tests.fakes.daemon import ROOT
 from tests.faults.canary import planted
 from tests.faults.canary_scenarios import SCENARIOS, captured
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.proof
 
 MEANT = {captured.__name__, planted.__name__}
 

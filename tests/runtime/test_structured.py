@@ -47,6 +47,7 @@ async def free_text(engine: Runtime, seed: int) -> list[TokenId]:
     return (await engine.infer("import ", seed=seed, temperature=1.0, max_tokens=40, ignore_eos=True)).token_ids
 
 
+@pytest.mark.proof
 async def test_500_random_schemas_beside_free_text() -> None:
     """At temperature 1 each output that ends validates against its own schema, and every free text in the same batch is what
     it is alone."""
