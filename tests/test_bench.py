@@ -169,7 +169,9 @@ def test_daemon_load() -> None:
 def test_tracing_cost() -> None:
     report = smoke("tracing_cost")
     costs, faults = {"API alone", "SDK"}, {"raises", "hangs", "refuses"}
+    assert report["calls_alone_share"].keys() == costs
     for figure, kinds in (
+        ("calls_alone_us", costs),
         ("tokens_per_s", {"untraced", *costs}),
         ("cpu_us_per_token", {"untraced", *costs}),
         ("time_added", costs),
