@@ -129,6 +129,7 @@ class Roster:
             self._wait(samples[0])  # the one that was to compute their prompt is gone
         if not samples:
             del self.sequences[sequence.request.request_id]
+            self._displaced.pop(sequence.request.request_id, None)
             self._sessions.settle(sequence.request)
         if not self.sequences:
             self._waiting.forget()
