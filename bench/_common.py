@@ -8,9 +8,9 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import metadata
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from ferrum_rt.cli.machine import installed_version, proc_fields
 
 _STARTED = time.monotonic()
 
@@ -57,15 +57,18 @@ def progress(text: str) -> None:
     print(f"[{time.monotonic() - _STARTED:6.1f} s] {text}", file=sys.stderr, flush=True)
 
 
+PACKAGES = ("torch", "transformers", "anyio", "uvloop")
+
+
 def machine() -> dict[str, Any]:
     """What the figures depend on. Call it before measuring: it notes how busy the machine is by others."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": proc_fields("/proc/cpuinfo").get("model name", platform.processor()),
         "cores": len(os.sched_getaffinity(0)),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "python": platform.python_version(),
-        **{package: metadata.version(package) for package in ("torch", "transformers", "anyio", "uvloop") if _has(package)},
+        **{package: found for package in PACKAGES if (found := installed_version(package)) is not None},
     }
 
 
@@ -126,21 +129,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor()
-
-
-def _has(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True

@@ -13,7 +13,7 @@ from opentelemetry.trace import StatusCode, format_span_id, format_trace_id
 from ferrum_rt.interfaces import telemetry as names
 from ferrum_rt.interfaces.errors import ConfigError
 from ferrum_rt.interfaces.telemetry import Phase
-from ferrum_rt.load.results import RequestRecord, SpanRecord
+from ferrum_rt.load.results import Repeat, RequestRecord, SpanRecord
 
 _PHASES = frozenset(Phase)
 
@@ -120,6 +120,12 @@ def belonging(spans: Iterable[SpanRecord], trace_ids: Set[str]) -> list[SpanReco
     spans = list(spans)
     own = {span.span_id for span in spans if span.trace_id in trace_ids}
     return [span for span in spans if span.span_id in own or not own.isdisjoint(span.links)]
+
+
+def with_spans(repeat: Repeat, spans: Iterable[SpanRecord]) -> Repeat:
+    """With those of its requests' traces, and of the steps that link to them, beside what it has."""
+    trace_ids = {request.trace_id for request in repeat.requests if request.trace_id is not None}
+    return msgspec.structs.replace(repeat, spans=[*repeat.spans, *belonging(spans, trace_ids)])
 
 
 def num_untraced(requests: Iterable[RequestRecord], spans: Iterable[SpanRecord]) -> int:

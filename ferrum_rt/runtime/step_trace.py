@@ -38,8 +38,8 @@ class StepTrace:
         for assigned in plan.step.assigned:
             if (generation := self._active.get(assigned.request_id)) is not None:
                 generation.started(now)
-        prefills = plan.step.batch.prefills
-        for item, request_id in zip(prefills, plan.request_ids[-len(prefills) :], strict=False):
+        batch = plan.step.batch
+        for item, request_id in zip(batch.prefills, plan.request_ids[len(batch.decodes) :], strict=True):
             if (generation := self._active.get(request_id)) is not None:
                 generation.trace.chunk(len(item.token_ids), item.start, now)
 

@@ -3,7 +3,8 @@
 import argparse
 import gc
 import itertools
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 import anyio
 import msgspec
@@ -27,39 +28,44 @@ from ferrum_rt.cli.machine import machine
 from ferrum_rt.load.driver import put_on
 from ferrum_rt.load.measures import summarize
 from ferrum_rt.load.results import Limits, LoadResult, Repeat, Summary, SweepResult
-from ferrum_rt.load.spans import SpanRecorder, belonging, num_untraced
+from ferrum_rt.load.spans import SpanRecorder, num_untraced, with_spans
 from ferrum_rt.load.sweep import sweep
 from ferrum_rt.load.workload import Load, LoadRequest
 
 WARMUP_CONCURRENCY = 4
+_Result = TypeVar("_Result", LoadResult, SweepResult)
 LEAST_REQUESTS = 5  # of a rate of a sweep: of fewer no share can be told
 
 
 def bench_serve(arguments: argparse.Namespace) -> int:
     """Print what was found; 1 if no request came to its end. Raises UsageError and ConfigError before anything is opened,
     and what opening it raises."""
-    check_numbers(arguments)
-    check_target(arguments)
-    check_report(arguments)
-    load, limits = read_load(arguments), read_limits(arguments)
-    with Progress() as progress:
-        result = anyio.run(_serve, arguments, load, limits, progress, backend_options={"use_uvloop": True})
-    write_report_files(result, arguments)
+    result = _measure(_serve, read_load, arguments)
     print(_as_json(result) if arguments.json else load_as_text(result))
     return 0 if result.summary.completed else 1
 
 
 def bench_sweep(arguments: argparse.Namespace) -> int:
     """Print what was found; 1 if no rate met the limits. Raises as ``bench_serve`` does."""
+    result = _measure(_sweep, sweep_load, arguments)
+    print(msgspec.json.encode(result).decode() if arguments.json else sweep_as_text(result))
+    return 1 if result.highest_rate is None else 0
+
+
+def _measure(
+    measure: Callable[[argparse.Namespace, Load, Limits, Progress], Awaitable[_Result]],
+    load_of: Callable[[argparse.Namespace], Load],
+    arguments: argparse.Namespace,
+) -> _Result:
+    """Whatever is wrong with the options is said first; at the end the report's files are there."""
     check_numbers(arguments)
     check_target(arguments)
     check_report(arguments)
-    load, limits = sweep_load(arguments), read_limits(arguments)
+    load, limits = load_of(arguments), read_limits(arguments)
     with Progress() as progress:
-        result = anyio.run(_sweep, arguments, load, limits, progress, backend_options={"use_uvloop": True})
+        result = anyio.run(measure, arguments, load, limits, progress, backend_options={"use_uvloop": True})
     write_report_files(result, arguments)
-    print(msgspec.json.encode(result).decode() if arguments.json else sweep_as_text(result))
-    return 1 if result.highest_rate is None else 0
+    return result
 
 
 def _as_json(result: LoadResult) -> str:
@@ -159,7 +165,4 @@ async def _run(
         repeat = await put_on(opened.target, requests, concurrency=concurrency, on_end=progress.ended)
     finally:
         gc.unfreeze()
-    if recorder is None:
-        return repeat
-    trace_ids = {request.trace_id for request in repeat.requests if request.trace_id is not None}
-    return msgspec.structs.replace(repeat, spans=belonging(recorder.take(), trace_ids))
+    return repeat if recorder is None else with_spans(repeat, recorder.take())

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import anyio
-import msgspec
 
 from ferrum_rt.load.results import Repeat
-from ferrum_rt.load.spans import belonging, num_untraced, read_spans
+from ferrum_rt.load.spans import num_untraced, read_spans, with_spans
 
 # Exporters write every few seconds.
 LIMIT_S = 15.0
@@ -28,8 +27,4 @@ async def with_spans_of_daemon(path: Path, repeats: Sequence[Repeat]) -> list[Re
 
 def _joined(path: Path, repeats: Sequence[Repeat]) -> list[Repeat]:
     spans = read_spans(path)
-    joined = []
-    for repeat in repeats:
-        trace_ids = {request.trace_id for request in repeat.requests if request.trace_id is not None}
-        joined.append(msgspec.structs.replace(repeat, spans=[*repeat.spans, *belonging(spans, trace_ids)]))
-    return joined
+    return [with_spans(repeat, spans) for repeat in repeats]
