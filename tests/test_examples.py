@@ -16,6 +16,7 @@ import pytest
 from anyio.streams.buffered import BufferedByteReceiveStream
 
 from tests.fakes.daemon import daemon_process
+from tests.load.serving import uvicorn
 from tests.runtime.engines import text_after
 
 pytestmark = pytest.mark.slow
@@ -34,16 +35,10 @@ def run_example(name: str) -> str:
 @pytest.fixture(scope="module")
 def server_url() -> Iterator[str]:
     """The Starlette application, served by uvicorn on a port that was free."""
-    command = [sys.executable, "-m", "uvicorn", "--app-dir", "examples", "starlette_app:app", "--port", "0"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
-        assert server.stderr is not None
-        log = ""
-        while (running := re.search(r"running on (http://\S+)", log)) is None:
-            line = server.stderr.readline()
-            assert line, f"the server ended: {log}"
-            log += line
-        yield running[1]
+    with uvicorn("--app-dir", "examples", "starlette_app:app") as (url, server):
+        yield url
         server.terminate()
+        assert server.stderr is not None
         log = server.stderr.read()
     assert "Application shutdown complete" in log
     assert "Traceback" not in log

@@ -1,4 +1,4 @@
-"""The servers of tests.load.openai_server, in a process of their own."""
+"""Applications that uvicorn serves in a process of their own."""
 
 import re
 import subprocess
@@ -10,9 +10,9 @@ from tests.fakes.daemon import ROOT
 
 
 @contextmanager
-def openai_servers() -> Iterator[str]:
-    """Their URL, but for their names."""
-    command = [sys.executable, "-m", "uvicorn", "tests.load.openai_server:app", "--port", "0"]
+def uvicorn(*arguments: str) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
+    """Its URL, on a port that was free, and the process, whose log goes on in ``stderr``; killed if it is still there."""
+    command = [sys.executable, "-m", "uvicorn", *arguments, "--port", "0"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
         try:
             assert server.stderr is not None
@@ -21,6 +21,13 @@ def openai_servers() -> Iterator[str]:
                 line = server.stderr.readline()
                 assert line, f"the server ended: {log}"
                 log += line
-            yield running[1]
+            yield running[1], server
         finally:
             server.kill()
+
+
+@contextmanager
+def openai_servers() -> Iterator[str]:
+    """The URL of those of tests.load.openai_server, but for their names."""
+    with uvicorn("tests.load.openai_server:app") as (url, _):
+        yield url
