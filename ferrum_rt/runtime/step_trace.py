@@ -57,6 +57,8 @@ class StepTrace:
         end = time.time_ns() - int(ago_s * 1e9)
         generations = (self._active.get(request_id) for request_id in dict.fromkeys(plan.request_ids))
         links = [link for one in generations if one is not None and (link := one.trace.link) is not None]
+        if not links:
+            return  # nobody records
         # No parent, whatever span is current where the engine was opened.
         span = _TRACER.start_span(names.STEP, Context(), links=links, start_time=end - int(step_s * 1e9))
         if not span.is_recording():

@@ -113,9 +113,13 @@ class RequestTrace:
         event = {names.CHUNK_TOKENS: num_tokens, names.CHUNK_POSITION: position}
         self._phase_span.add_event(names.CHUNK_EVENT, event, self._ns(now))
 
-    @_guarded
     def advance(self, chunk: StreamChunk, now: float) -> None:
-        """This goes to the reader."""
+        """This goes to the reader. Of most chunks there is nothing to record, and they are many."""
+        if self.is_recording and (self._phase is not Phase.DECODE or chunk.finish_reason is not None or self._captures):
+            self._advance(chunk, now)
+
+    @_guarded
+    def _advance(self, chunk: StreamChunk, now: float) -> None:
         if self._phase is Phase.PREFILL:
             self.enter(Phase.DECODE, now)
         if chunk.finish_reason is not None:
