@@ -1,15 +1,18 @@
-"""Watches every test: nothing that its engines were told or have answered may be in a log record, an error or a span.
+"""Watches engines: nothing that they were told or have answered may be in a log record, an error, a span or a metric.
 
-It sees the engines of the test's own process. What it takes for a quotation are ``_LENGTH`` characters on end, at every
-``_STRIDE`` of what was told. tests/faults/test_canary.py looks at more, and more closely, on ways that it goes itself.
+``Said`` sees those of its own process. tests/conftest.py has one over all tests; a daemon of tests/fakes/daemon.py that is
+started by a test has another, which writes what it finds to the file ``REPORTED_TO``. What they take for a quotation are
+``_LENGTH`` characters on end, at every ``_STRIDE`` of what was told. tests/faults/test_canary.py looks more closely, on ways
+that it goes itself.
 """
 
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
-import pytest
+from opentelemetry.sdk.metrics._internal.metric_reader_storage import MetricReaderStorage  # the one way of all readers
 from opentelemetry.sdk.trace import Span
 
 from ferrum_rt.interfaces import telemetry as names
@@ -18,40 +21,33 @@ from ferrum_rt.interfaces.types import ChatMessage, StreamChunk
 from ferrum_rt.runtime.generation import Generation
 from ferrum_rt.runtime.output_text import OutputText
 
+REPORTED_TO = "FERRUM_TESTS_SAID"
+"""A variable of the environment."""
+
 _LENGTH, _STRIDE = 16, 4
 _MOST = (
     200_000  # characters of what was said are kept of a test; what some say to overwhelm an engine is none the better for
 )
 _MAY_HOLD_WORDS = {names.INPUT_MESSAGES, names.OUTPUT_MESSAGES}
-_T = TypeVar("_T")
+_AT_ONCE = 1000
 
 
-class Watch(logging.Handler):
-    """A plugin of pytest's."""
+class Said:
+    """What was said by prompts and answers, and what was told of it."""
 
     def __init__(self) -> None:
-        super().__init__(logging.NOTSET)
-        self._prompts: list[str] = []
-        self._answers: dict[int, str] = {}
-        self._told: list[str] = []
-        self._num_said = 0
+        self.forget()
 
     def begin(self) -> None:
-        logging.getLogger().addHandler(self)
-        _follow(Generation, "__init__", lambda arguments, _: self._prompt(arguments[1].prompt))
-        _follow(OutputText, "advance", lambda arguments, chunk: self._answer(id(arguments[0]), chunk))
-        _follow(FerrumError, "__init__", lambda arguments, _: self._told.append(str(arguments[0])))
-        _follow(Span, "end", lambda arguments, _: self._span(arguments[0]))
+        follow(Generation, "__init__", lambda arguments, _: self._prompt(arguments[1].prompt))
+        follow(OutputText, "advance", lambda arguments, chunk: self._answer(id(arguments[0]), chunk))
+        follow(logging.Logger, "callHandlers", lambda arguments, _: self._record(arguments[1]))
+        follow(FerrumError, "__init__", lambda arguments, _: self.tell(str(arguments[0])))
+        follow(Span, "end", lambda arguments, _: self._span(arguments[0]))
+        follow(MetricReaderStorage, "consume_measurement", lambda arguments, _: self._measurement(arguments[1]))
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self._told.append(f"{record.getMessage()} {record.exc_info and record.exc_info[1]!r}")
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_call(self) -> Generator[None, _T, _T]:
-        self._prompts, self._answers, self._told, self._num_said = [], {}, [], 0
-        result = yield
-        assert self.quotations() == []
-        return result
+    def tell(self, text: str) -> None:
+        self._told[text] = None
 
     def quotations(self) -> list[str]:
         """What was told that has words of what was said."""
@@ -63,29 +59,65 @@ class Watch(logging.Handler):
         ]
 
     def forget(self) -> None:
-        """What was told so far."""
-        self._told.clear()
+        """All so far."""
+        self._prompts: list[str] = []
+        self._answers: dict[int, str] = {}
+        self._num_said = 0
+        self.forget_told()
+
+    def forget_told(self) -> None:
+        self._told: dict[str, None] = {}
+
+    def prompt(self, text: str) -> None:
+        if self._num_said < _MOST:
+            self._num_said += len(text)
+            self._prompts.append(text[:_MOST])
 
     def _prompt(self, prompt: Any) -> None:
-        texts = [prompt] if isinstance(prompt, str) else [one.content for one in prompt if isinstance(one, ChatMessage)]
-        for text in texts:
-            if self._num_said < _MOST:
-                self._num_said += len(text)
-                self._prompts.append(text[:_MOST])
+        for text in [prompt] if isinstance(prompt, str) else [one.content for one in prompt if isinstance(one, ChatMessage)]:
+            self.prompt(text)
 
     def _answer(self, output: int, chunk: StreamChunk) -> None:
         if self._num_said < _MOST:
             self._num_said += len(chunk.text)
             self._answers[output] = self._answers.get(output, "") + chunk.text
 
+    def _record(self, record: logging.LogRecord) -> None:
+        self.tell(f"{record.getMessage()} {record.exc_info and record.exc_info[1]!r}")
+
     def _span(self, span: Any) -> None:
         attributes = {name: value for name, value in span.attributes.items() if name not in _MAY_HOLD_WORDS}
-        self._told.append(
-            f"{span.name} {attributes} {[dict(event.attributes) for event in span.events]} {span.status.description}"
-        )
+        self.tell(f"{span.name} {attributes} {[dict(event.attributes) for event in span.events]} {span.status.description}")
+
+    def _measurement(self, measurement: Any) -> None:
+        self.tell(f"{measurement.instrument.name} {dict(measurement.attributes or {})}")
 
 
-def _follow(kind: type, name: str, note: Callable[[tuple[Any, ...], Any], None]) -> None:
+class Reported(Said):
+    """Of a process that may be killed at any time: it is looked at when a request ends, or much was told."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def begin(self) -> None:
+        super().begin()
+        follow(Generation, "close", lambda *_: self._report())
+
+    def tell(self, text: str) -> None:
+        super().tell(text)
+        if len(self._told) >= _AT_ONCE:
+            self._report()
+
+    def _report(self) -> None:
+        found = self.quotations()
+        self.forget_told()
+        if found:
+            with self._path.open("a") as file:
+                file.writelines(f"{text!r}\n" for text in found)
+
+
+def follow(kind: type, name: str, note: Callable[[tuple[Any, ...], Any], None]) -> None:
     """Have ``note`` told of each call's arguments and result."""
     method = getattr(kind, name)
 

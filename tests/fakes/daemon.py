@@ -4,11 +4,13 @@
 tenth of the time. OPTIONS of both, and of ``python -m tests.fakes.daemon SOCKET OPTIONS``, where they are a JSON object:
 FakeExecutor's arguments; ``config``, the parts of an EngineConfig; ``daemon``, fields of the table daemon; ``config_file``,
 the path of a configuration; ``socket``, if not SOCKET; ``gate``, a file at whose lock the daemon waits before it starts;
-``load_gate``, one at which its model's load waits; ``broken_at``, a step that returns nonsense.
+``load_gate``, one at which its model's load waits; ``broken_at``, a step that returns nonsense; ``leaks``, to log each
+prompt.
 """
 
 import fcntl
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -33,9 +35,11 @@ from ferrum_rt.daemon.service import run_daemon
 from ferrum_rt.interfaces.config import EngineConfig
 from ferrum_rt.interfaces.errors import FerrumError
 from ferrum_rt.interfaces.model_executor import StepInput, StepOutput
+from ferrum_rt.runtime.generation import Generation
 from ferrum_rt.runtime.loader import LoadedModel
 from ferrum_rt.runtime.worker import finished
 from tests.fakes.executor import FakeExecutor, fake_model
+from tests.said import REPORTED_TO, Reported, follow
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 60
@@ -196,7 +200,11 @@ class _BrokenExecutor(FakeExecutor):
 
 
 def _main(path: str, options: dict[str, Any]) -> int:
-    """As the command line does it."""
+    """As the command line does it; watched, if a test started it."""
+    if REPORTED_TO in os.environ:
+        Reported(Path(os.environ[REPORTED_TO])).begin()
+    if options.pop("leaks", False):
+        follow(Generation, "__init__", lambda given, _: logging.getLogger("ferrum_rt").warning("%s", given[1].prompt))
     file, fields = options.pop("config_file", None), options.pop("config", {})
     gate, load_gate, place = options.pop("gate", None), options.pop("load_gate", None), options.pop("socket", path)
     daemon = options.pop("daemon", {}) | ({} if place is None else {"socket": place})
