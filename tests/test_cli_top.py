@@ -322,6 +322,26 @@ def test_a_signal_ends_it_with_the_terminal_restored(path: str, number: signal.S
         assert_restored(watching, before)
 
 
+def is_stopped(process: subprocess.Popen[bytes]) -> bool:
+    return Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
+
+
+@pytest.mark.slow
+def test_it_can_be_stopped_and_goes_on(path: str) -> None:
+    """Ctrl-Z gives the terminal back as it was; in the foreground again it draws on."""
+    with terminal("top", "--socket", path, "--interval", "0.1") as watching:
+        before = watching.modes
+        watching.until(is_drawn)
+        watching.type("\x1a")
+        watching.until(lambda _: is_stopped(watching.process) and not watching.screen.is_alternate)
+        assert_restored(watching, before)
+        watching.process.send_signal(signal.SIGCONT)
+        watching.until(lambda lines: watching.screen.is_alternate and is_drawn(lines))
+        watching.type("q")
+        assert watching.end() == (0, "")
+        assert_restored(watching, before)
+
+
 @pytest.mark.slow
 def test_a_terminal_that_is_closed_ends_it(path: str) -> None:
     """Quietly, as a hang-up."""

@@ -6,8 +6,8 @@ import signal
 import sys
 import termios
 import tty
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,8 +73,8 @@ async def _once(path: Path, interval_s: float) -> int:
 async def _live(path: Path, interval_s: float) -> int:
     async with ferrum_rt.connect(path) as engine:
         first = await _look(engine, path)  # what goes wrong until here is no matter of the screen
-        with _screen():
-            return await _Live(engine, path, interval_s, first).run()
+        with _Screen() as screen:
+            return await _Live(engine, path, interval_s, first, screen).run()
 
 
 async def _look(engine: "Client", path: Path) -> Look:
@@ -97,8 +97,8 @@ async def _diagnostics(engine: "Client") -> SchedulerDiagnostics | None:
 class _Live:
     """Looks, and draws what it sees, until a key, a signal or the daemon's end."""
 
-    def __init__(self, engine: "Client", path: Path, interval_s: float, first: Look) -> None:
-        self._engine, self._path, self._interval_s = engine, path, interval_s
+    def __init__(self, engine: "Client", path: Path, interval_s: float, first: Look, screen: "_Screen") -> None:
+        self._engine, self._path, self._interval_s, self._screen = engine, path, interval_s, screen
         self._before: Look | None = None
         self._now = first
         self._status = 0
@@ -106,7 +106,7 @@ class _Live:
     async def run(self) -> int:
         """The exit status."""
         # From before the first picture on: a resize that came between would be seen only with the next.
-        receiver = anyio.open_signal_receiver(signal.SIGWINCH, signal.SIGTERM, signal.SIGHUP)
+        receiver = anyio.open_signal_receiver(signal.SIGWINCH, signal.SIGTSTP, signal.SIGTERM, signal.SIGHUP)
         try:
             with receiver as signals:
                 async with anyio.create_task_group() as self._tasks:
@@ -128,6 +128,11 @@ class _Live:
     async def _watch_signals(self, signals: AsyncIterator[signal.Signals]) -> None:
         async for number in signals:
             if number == signal.SIGWINCH:
+                self._draw()
+            elif number == signal.SIGTSTP:
+                self._screen.leave()
+                os.kill(os.getpid(), signal.SIGSTOP)  # until the shell lets it go on
+                self._screen.enter()
                 self._draw()
             else:
                 self._end(_ENDED_BY + number)
@@ -156,22 +161,35 @@ class _Live:
             self._end(_HUNG_UP)
 
 
-@contextmanager
-def _screen() -> Iterator[None]:
+class _Screen:
     """One of our own, and keys without an Enter; at the end the terminal is what it was, if it is still there."""
-    keyboard = sys.stdin.fileno() if sys.stdin.isatty() else None
-    modes = None if keyboard is None else termios.tcgetattr(keyboard)
-    try:
-        if keyboard is not None:
-            tty.setcbreak(keyboard, termios.TCSANOW)
+
+    def __init__(self) -> None:
+        self._keyboard = sys.stdin.fileno() if sys.stdin.isatty() else None
+        self._modes = None if self._keyboard is None else termios.tcgetattr(self._keyboard)
+
+    def __enter__(self) -> "_Screen":
+        try:
+            self.enter()
+        except BaseException:
+            self.leave()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.leave()
+
+    def enter(self) -> None:
+        if self._keyboard is not None:
+            tty.setcbreak(self._keyboard, termios.TCSANOW)
         _write(_ENTER)
-        yield
-    finally:
+
+    def leave(self) -> None:
         with suppress(OSError):
             _write(_LEAVE)
-        if keyboard is not None and modes is not None:
+        if self._keyboard is not None and self._modes is not None:
             with suppress(termios.error):
-                termios.tcsetattr(keyboard, termios.TCSANOW, modes)
+                termios.tcsetattr(self._keyboard, termios.TCSANOW, self._modes)
 
 
 def _size() -> os.terminal_size:
