@@ -1,4 +1,5 @@
-"""What the host spends on a step of 32 decodes, in its event loop and in the executor's thread; whether the GPU waits."""
+"""What the host spends on a step of 32 decodes, in its event loop and in the executor's thread; whether the GPU waits. And
+what steps with prompts take, captured in pieces and launched call by call."""
 
 import tempfile
 import time
@@ -11,7 +12,7 @@ from typing import Any
 import anyio
 import torch
 
-from bench._common import progress, spread
+from bench._common import Spread, progress, spread
 from bench._gpu_engines import Settings, equal_requests, open_ours
 from bench._gpu_models import read_config, write_model
 from bench.host_overhead import Window
@@ -60,9 +61,11 @@ async def host_times(is_smoke: bool, put: Callable[..., None]) -> None:
             for repeat in range(repeats):
                 rows.append(await _one(engine, launches, batch, count, vocab_size, repeat))
                 rows[-1]["gpu"] = graph_us(executor, batch, 2 if is_smoke else 100)
+            prompts = await _prompts_in_turns(engine, launches, batch, vocab_size, repeats)
         rows = rows[1:]  # the first one warms up
         found = {f"{part}_us": spread(row[part] for row in rows) for part in rows[0]}
-        put(**{name: {"batch": batch, **found, "gpu_waits": spread(1 - row["gpu"] / row["wall"] for row in rows)}})
+        waits = spread(1 - row["gpu"] / row["wall"] for row in rows)
+        put(**{name: {"batch": batch, **found, "gpu_waits": waits, "prompts": prompts}})
         progress(f"{name}: a step of {found['wall_us'].show(0)} µs, the graph alone {found['gpu_us'].show(0)}")
 
 
@@ -95,6 +98,33 @@ async def _one(engine: Any, launches: LaunchTimes, batch: int, count: int, vocab
         "executor_thread": 1e6 * processor_s / num_steps,
         "executor_wall": 1e6 * wall_s / num_steps,
     }
+
+
+async def _prompts_in_turns(
+    engine: Any, launches: LaunchTimes, batch: int, vocab_size: int, repeats: int
+) -> dict[str, dict[str, Spread]]:
+    """Short answers to prompts of 100 tokens, so that most steps have both in them: milliseconds for a request, and
+    microseconds of a launch."""
+    executor = engine._model.executor
+    captured = executor._pieces
+    rows: dict[str, list[dict[str, float]]] = {"pieces": [], "eager": []}
+    for repeat in range(repeats):
+        for kind, found in rows.items():
+            executor._pieces = captured if kind == "pieces" else {}
+            num_steps, wall_s = launches.num_steps, launches.wall_s
+            workload = equal_requests(4 * batch, 100, 4, vocab_size, 1000 + repeat)
+            began = time.perf_counter()
+            async with anyio.create_task_group() as tasks:
+                for prompt in workload.prompts:
+                    tasks.start_soon(partial(engine.infer, prompt, max_tokens=4, temperature=0.0, ignore_eos=True))
+            found.append(
+                {
+                    "request_ms": 1e3 * (time.perf_counter() - began) / len(workload.prompts),
+                    "launch_us": 1e6 * (launches.wall_s - wall_s) / (launches.num_steps - num_steps),
+                }
+            )
+    executor._pieces = captured
+    return {kind: {part: spread(row[part] for row in found[1:]) for part in found[0]} for kind, found in rows.items()}
 
 
 def graph_us(executor: Any, batch: int, replays: int) -> float:

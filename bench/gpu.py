@@ -32,7 +32,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "kernels": (200, 30),
     "tests": (150, 30),
     "decode": (100, 30),
-    "host": (60, 30),
+    "host": (75, 30),
     "concurrency": (90, 40),
     "nano": (120, 40),
     "long_prefill": (60, 30),

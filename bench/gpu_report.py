@@ -43,7 +43,7 @@ def markdown(found: dict[str, Any]) -> str:
         f"{facts.get('flashinfer')}, commit {str(facts.get('commit'))[:12]}; random weights in the models' shapes, "
         f"bfloat16. It copies {copied:.2f} TB/s. Medians with the lowest and the highest.",
     ]
-    for rows in (_decode, _host, _concurrency, _nano, _peer, _long_prefill):
+    for rows in (_decode, _host, _prompts, _concurrency, _nano, _peer, _long_prefill):
         table = list(rows(found))
         if len(table) > 1:
             lines += ["", *_markdown_table(table)]
@@ -79,6 +79,13 @@ def _host(found: dict[str, Any]) -> Iterator[list[str]]:
     for model, row in result_of(found, "host").items():
         times = [_show(row[name], 0) for name in ("wall_us", "gpu_us", "loop_thread_us", "executor_thread_us")]
         yield [model, str(row["batch"]), *times, f"{100 * row['gpu_waits']['median']:.0f} %"]
+
+
+def _prompts(found: dict[str, Any]) -> Iterator[list[str]]:
+    yield ["100 in, 4 out, many at once", "steps with prompts are", "ms a request", "µs a launch"]
+    for model, row in result_of(found, "host").items():
+        for kind, times in row["prompts"].items():
+            yield [model, kind, _show(times["request_ms"], 2), _show(times["launch_us"], 0)]
 
 
 def _concurrency(found: dict[str, Any]) -> Iterator[list[str]]:

@@ -31,11 +31,12 @@ def test_smoke(tmp_path: Path) -> None:
     assert {name: part["status"] for name, part in parts.items()} == dict.fromkeys(PARTS, "ok")
     assert parts["decode"]["result"]["Llama-3.1-8B"]["ms_per_step"]["median"] > 0
     assert parts["host"]["result"]["emulated"].keys() >= {"wall_us", "gpu_us", "loop_thread_us", "gpu_waits"}
+    assert parts["host"]["result"]["emulated"]["prompts"].keys() == {"pieces", "eager"}
     assert parts["concurrency"]["result"]["Llama-3.1-8B"].keys() == {"1", "4"}
     assert parts["peer"]["result"]["peer"] == "transformers"
     assert parts["peer"]["result"]["Qwen3-0.6B"].keys() == {"1", "nano"}
     assert set(parts["tests"]["result"]["counts"]) <= {"passed", "skipped"}
-    assert gpu_report.markdown(json.loads((tmp_path / "gpu.json").read_bytes())).count("\n|---|") == 6
+    assert gpu_report.markdown(json.loads((tmp_path / "gpu.json").read_bytes())).count("\n|---|") == 7
 
 
 def options(**changes: Any) -> argparse.Namespace:

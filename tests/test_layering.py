@@ -59,6 +59,7 @@ RUNTIME_ORDER = (
         "sampler",
         "step_rows",
         "step_inputs",
+        "step_pieces",
         "load_job",
     ),
     ("clients", "cost_model", "deadlines", "pages", "sequence", "processors"),

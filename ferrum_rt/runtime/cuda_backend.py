@@ -123,7 +123,15 @@ class _Builder:
         torch_dtype = TORCH_DTYPES[dtype]
         self._ops = cuda.make_ops(self._block_size, KV_TORCH_DTYPES[kv_kind], torch_dtype)
         self._wanted_len = wanted_length(config, spec)
-        self._weights = load_weights(spec, job.open_reader(), self._ops, torch_dtype, self._wanted_len, job.loading_bar())
+        self._weights = load_weights(
+            spec,
+            job.open_reader(),
+            self._ops,
+            torch_dtype,
+            self._wanted_len,
+            job.loading_bar(),
+            has_fp8_pages=kv_kind is KvDtypeKind.FP8,
+        )
         self._decoder = Decoder(spec, self._weights, self._ops, torch_dtype, self._max_tokens, self._num_slots)
 
     def build(self) -> CudaExecutor:

@@ -1,7 +1,9 @@
-"""The ModelExecutor for a GPU: a step is launched and not waited for; a step of decodes alone is one CUDA graph."""
+"""The ModelExecutor for a GPU: a step is launched and not waited for; a step of decodes alone is one CUDA graph, one with
+prompts a graph for each layer."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -18,6 +20,7 @@ from ferrum_rt.kernels.cuda.device import DeviceEvent, DeviceGraph, StreamDevice
 from ferrum_rt.kernels.cuda.sampling import DrawParams
 from ferrum_rt.runtime.sampler import not_numbers
 from ferrum_rt.runtime.step_inputs import StepInputs
+from ferrum_rt.runtime.step_pieces import StepPieces, piece_sizes
 from ferrum_rt.runtime.step_rows import StepRows, lay_out, memory_of, outputs_of, page_rows, prompt_scores, table_changes
 
 T = TypeVar("T")
@@ -115,7 +118,9 @@ class CudaExecutor:
             words = 2 * num_slots * pages_per_slot + 3 * num_slots + 3 * max_tokens
             self._inputs = StepInputs(device, num_slots, words)
         self._is_plain = [True] * num_slots
+        self._max_tokens = max_tokens
         self._graphs: dict[int, _DecodeGraph] = {}
+        self._pieces: dict[int, StepPieces] = {}
         # At most two steps are in flight. A step's results lie in one of two buffers until the thread that waits has read
         # them: the step before last has to be over before its buffers are used again. The engine has waited for it already.
         self._results = [device.pinned(num_slots, torch.int64) for _ in range(2)]
@@ -127,16 +132,21 @@ class CudaExecutor:
 
     def capture_graphs(self, progress: Callable[[int, int], None]) -> None:
         """Before the first step. ``progress`` is told the graphs done and the graphs there are."""
-        sizes = graph_sizes(self.num_slots)
+        # The largest first: the others fit in the memory it took.
+        prompts, decodes = piece_sizes(self._max_tokens)[::-1], graph_sizes(self.num_slots)[::-1]
+        total = len(prompts) + len(decodes)
         with torch.inference_mode(), self._device.stream():
+            for done, size in enumerate(prompts):
+                progress(done, total)
+                self._pieces[size] = self._capture_pieces(size)
             self._inputs.begin([self.num_slots] * self.num_slots, [1] * self.num_slots)
             self._inputs.upload()
-            for done, size in enumerate(reversed(sizes)):  # the largest first: the others fit in the memory it took
-                progress(done, len(sizes))
+            for done, size in enumerate(decodes, len(prompts)):
+                progress(done, total)
                 self._graphs[size] = self._capture(size)
             self._device.synchronize()
-        self._graphs = dict(sorted(self._graphs.items()))
-        progress(len(sizes), len(sizes))
+        self._graphs, self._pieces = dict(sorted(self._graphs.items())), dict(sorted(self._pieces.items()))
+        progress(total, total)
 
     def execute(self, step: StepInput) -> "Future[StepOutput]":
         """Launch one step. Raises ResourceExhausted for one that found no memory twice, and EngineFailed from the device's
@@ -153,6 +163,7 @@ class CudaExecutor:
         self._waiter.shutdown()
         self._sampler.close()
         self._graphs.clear()
+        self._pieces.clear()
         if self._failure is None:
             self._device.synchronize()
 
@@ -192,19 +203,21 @@ class CudaExecutor:
     def _take_over(self, step: StepInput, rows: StepRows) -> Callable[[], _Launch]:
         """Bring the step to the device, and there what changed in the slots: that allocates nothing, so it cannot fail for
         want of memory, and the step behind this one finds its slots whatever becomes of it. Returns what is left to do."""
-        inputs, num_decodes = self._inputs, len(rows.slots)
-        size = None if step.batch.prefills else next((size for size in self._graphs if size >= num_decodes), None)
-        padding = 0 if size is None else size - num_decodes
+        inputs, num_rows = self._inputs, len(rows.slots)
+        has_prompts = bool(step.batch.prefills)
+        size = next((size for size in (self._pieces if has_prompts else self._graphs) if size >= num_rows), num_rows)
+        padding = 0 if has_prompts else size - num_rows  # a graph of decodes draws for all its rows
         inputs.begin([*rows.sampled_slots, *[self.num_slots] * padding], [*rows.sampled_positions, *[1] * padding])
+        run: Callable[[], _Launch]
+        if has_prompts or size not in self._graphs:
+            # These come first, so that they stand where the graphs of this size read them.
+            tokens = self._put_rows(rows.slots, rows.positions, [*[-1] * rows.num_decodes, *rows.known], size)
+            run = partial(self._run, step.batch, rows, *tokens, inputs.put(rows.logit_rows))
+        else:
+            run = partial(self._replay, size, rows)
         at, pages = (inputs.put(values) for values in table_changes(step, self._block_tables.shape[1]))
         sources = inputs.put([item.source for item in step.copied])
         targets = inputs.put([item.target for item in step.copied])
-        run: Callable[[], _Launch]
-        if size is None:
-            tokens = [inputs.put(values) for values in (rows.slots, rows.positions, rows.known, rows.logit_rows)]
-            run = partial(self._run_eagerly, step.batch, rows, *tokens)
-        else:
-            run = partial(self._replay, size, rows)
         inputs.upload()
         if len(at):
             self._block_tables.view(-1).index_copy_(0, at, pages)
@@ -230,15 +243,22 @@ class CudaExecutor:
         graph.graph.replay()
         return _Launch(graph.logits, [])
 
-    def _run_eagerly(
+    def _run(
         self, items: UnifiedBatch, rows: StepRows, slots: Tensor, positions: Tensor, known: Tensor, logit_rows: Tensor
     ) -> _Launch:
-        """A step of any kind."""
-        batch = self._batch(slots, positions, known, logit_rows, rows.spans)
+        """A step of any kind: in pieces, if there are any of its size."""
+        pieces = self._pieces.get(len(slots))
+        if pieces is None:
+            batch = self._batch(slots, positions, known, logit_rows, rows.spans)
+        else:
+            batch = replace(pieces.batch, spans=rows.spans)
         self._wait_for_plan()
         plan = self._decoder.plan_attention(batch)
         self._planned = self._device.record()
-        hidden = self._decoder.forward(batch, plan, self._cache)
+        if pieces is None:
+            hidden = self._decoder.forward(batch, plan, self._cache)
+        else:
+            hidden = pieces.replay(plan, len(rows.slots))
         logits_of = partial(self._decoder.logits, hidden)
         scores = [
             prompt_scores(logits_of, self._sampler, item, span, self._row_numbers)
@@ -258,23 +278,51 @@ class CudaExecutor:
         def decode() -> None:
             rows = self._inputs.rows(size)
             spans = [QuerySpan(self.num_slots, row, 1, 0) for row in range(size)]
-            batch = self._batch(rows.slots, rows.positions, self._row_numbers[:0], self._row_numbers[:size], spans)
+            batch = self._batch(rows.slots, rows.positions, None, self._row_numbers[:size], spans)
             hidden = self._decoder.forward(batch, attention.plan, self._cache)
             found[:] = [self._decoder.logits(hidden, batch.logit_rows)]
             self._draw_tokens(found[0])
 
         decode()  # kernels are compiled and libraries set up at their first use, which cannot be captured
-        return _DecodeGraph(attention, self._device.capture(decode), found[0])
+        (graph,) = self._device.capture(decode)
+        return _DecodeGraph(attention, graph, found[0])
+
+    def _capture_pieces(self, size: int) -> StepPieces:
+        self._inputs.begin([], [])
+        tokens = self._put_rows([], [], [], size)
+        self._inputs.upload()
+        spans = [QuerySpan(self.num_slots, row, 1, 0) for row in range(size)]
+        first = self._batch(*tokens, self._row_numbers[:0], spans)
+        # Once as it is: what has to be set up at its first use cannot be captured.
+        self._decoder.forward(first, self._decoder.plan_attention(first), self._cache)
+
+        def forward(plan: Any) -> tuple[TokenBatch, Tensor]:
+            batch = self._batch(*tokens, self._row_numbers[:0], spans)
+            return batch, self._decoder.forward(batch, plan, self._cache)
+
+        return StepPieces(self._device, self._ops, forward)
+
+    def _put_rows(
+        self, slots: Sequence[int], positions: Sequence[int], known: Sequence[int], size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Each of them [size]: what is missing belongs to the scratch slot."""
+        padding = size - len(slots)
+        put = self._inputs.put
+        return (
+            put([*slots, *[self.num_slots] * padding]),
+            put([*positions, *[0] * padding]),
+            put([*known, *[0] * padding]),
+        )
 
     def _batch(
-        self, slots: Tensor, positions: Tensor, known: Tensor, logit_rows: Tensor, spans: list[QuerySpan]
+        self, slots: Tensor, positions: Tensor, known: Tensor | None, logit_rows: Tensor, spans: list[QuerySpan]
     ) -> TokenBatch:
-        """Rows of decodes, whose tokens are those sampled last, and then those of the ``known`` tokens."""
+        """Rows whose tokens are the ``known`` ones; where these are negative, or None, they are those sampled last."""
         size, pages_per_slot = self._block_size, self._block_tables.shape[1]
         pages = self._block_tables.view(-1).index_select(0, slots * pages_per_slot + positions // size)
-        last = self._last_tokens.index_select(0, slots[: len(slots) - len(known)])
+        last = self._last_tokens.index_select(0, slots)
         return TokenBatch(
-            token_ids=torch.cat([last, known]) if len(known) else last,
+            token_ids=last if known is None else torch.where(known < 0, last, known),
             positions=positions,
             kv_slots=pages * size + positions % size,
             logit_rows=logit_rows,

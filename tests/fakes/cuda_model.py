@@ -12,6 +12,7 @@ from ferrum_rt.interfaces.tensor import AttentionKind, KvLayer
 from ferrum_rt.interfaces.types import DataType, Device, ModelId, ModelInfo, ModelType
 from ferrum_rt.kernels.attention import AttentionGroup, attend
 from ferrum_rt.kernels.batch import KvPages, TokenBatch
+from ferrum_rt.kernels.cuda.attention import AttentionCall, AttentionGaps
 from ferrum_rt.kernels.cuda.sampling import DrawParams
 from ferrum_rt.kernels.reference import ReferenceOps
 from ferrum_rt.kernels.sampling import argmax, draw, uniform, workspace
@@ -63,6 +64,12 @@ class StandInOps(ReferenceOps):
         return made
 
     def attention(self, out: Tensor, q: Tensor, layer: KvLayer[Tensor], plan: Any, kind: AttentionKind) -> None:
+        if isinstance(plan, AttentionGaps):
+            plan.keep(AttentionCall(out, q, layer, kind))
+        else:
+            self.attend(out, q, layer, plan, kind)
+
+    def attend(self, out: Tensor, q: Tensor, layer: KvLayer[Tensor], plan: Any, kind: AttentionKind) -> None:
         if isinstance(plan, tuple):
             kv_slots, lengths = plan
             distance = lengths[:, None, None] - 1 - torch.arange(kv_slots.shape[1])
@@ -102,17 +109,34 @@ def draw_by_sample(logits: Tensor, params: DrawParams) -> Tensor:
     return (logits.argmax(-1) + 13 * params.samples) % VOCABULARY
 
 
+class TokenOps(StandInOps):
+    """For the TokenDecoder: ``out`` [N] is a number for all the tokens that a row can see."""
+
+    def __init__(self, device: EmulatedDevice, max_len: int, block_size: int) -> None:
+        super().__init__(device, block_size)
+        self._powers = torch.tensor([pow(_FACTOR, power, _PRIME) for power in range(max_len + 1)])
+
+    def attend(self, out: Tensor, q: Tensor, layer: KvLayer[Tensor], plan: Any, kind: AttentionKind) -> None:
+        kv_slots, lengths = plan
+        known = layer.data[kv_slots, 0]
+        after = lengths[:, None] - 1 - torch.arange(known.shape[1])
+        weights = self._powers[after.clamp(min=0)].where(after >= 0, 0)
+        # What lies behind the sequence is somebody else's, and may be anything.
+        known = known.where(after >= 0, 0)
+        out.copy_(((known + 1) * weights % _PRIME).sum(-1) + _FIRST * self._powers[lengths])
+
+
 class TokenDecoder:
     """Keeps token ids in the pages, int64 [tokens, 1], and reads the whole sequence back to answer: the likeliest token is
-    ``next_token`` of tests.fakes.memory. ``sees`` is told each batch that is not captured. Like kernels that are compiled at
+    ``next_token`` of tests.fakes.memory. ``sees`` is told each batch that is planned. Like kernels that are compiled at
     their first use, it cannot be captured before it has run."""
 
     attention_kinds: tuple[AttentionKind, ...] = ()
 
-    def __init__(self, device: EmulatedDevice, max_len: int, max_rows: int, block_size: int) -> None:
-        self._device, self._compiled_for = device, set[int]()
+    def __init__(self, device: EmulatedDevice, ops: TokenOps, max_rows: int, block_size: int) -> None:
+        self._device, self._ops, self._compiled_for = device, ops, set[int]()
         self._embedding = torch.arange(VOCABULARY)
-        self._powers = torch.tensor([pow(_FACTOR, power, _PRIME) for power in range(max_len + 1)])
+        self._kind = AttentionKind(1, 1, 1, 1.0)
         self._block_size = block_size
         self._logits = torch.zeros((max_rows, VOCABULARY))
         self.sees: Callable[[TokenBatch], None] = lambda batch: None
@@ -123,24 +147,21 @@ class TokenDecoder:
         slots = torch.tensor([span.slot for span in batch.spans for _ in range(span.num_tokens)])
         tables = batch.block_tables[slots]
         at = torch.arange(tables.shape[1] * self._block_size)
-        return tables[:, at // self._block_size] * self._block_size + at % self._block_size, batch.positions + 1
+        lengths = batch.positions[: len(slots)] + 1
+        return tables[:, at // self._block_size] * self._block_size + at % self._block_size, lengths
 
     def forward(self, batch: TokenBatch, plan: Any, cache: list[KvPages]) -> Tensor:
-        kv_slots, lengths = plan
         num_tokens = len(batch.token_ids)
         assert num_tokens in self._compiled_for or not self._device.is_capturing, "compiled while it is captured"
         self._compiled_for.add(num_tokens)
         embedded = self._embedding.index_select(0, batch.token_ids)  # a token that is none is an error here
         cache[0].data.index_copy_(0, batch.kv_slots, embedded[:, None])
-        known = cache[0].data[kv_slots, 0]
-        after = lengths[:, None] - 1 - torch.arange(known.shape[1])
-        weights = self._powers[after.clamp(min=0)].where(after >= 0, 0)
-        # What lies behind the sequence is somebody else's, and may be anything.
-        known = known.where(after >= 0, 0)
-        return ((known + 1) * weights % _PRIME).sum(-1) + _FIRST * self._powers[lengths]
+        seen = torch.empty_like(embedded)
+        self._ops.attention(seen, embedded, cache[0], plan, self._kind)
+        return seen % _PRIME
 
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        state = hidden.index_select(0, rows) % _PRIME % VOCABULARY
+        state = hidden.index_select(0, rows) % VOCABULARY
         logits = self._logits[: len(rows)]
         logits.zero_()
         return logits.scatter_(1, state[:, None], 100.0)

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from ferrum_rt.kernels.cuda.device import DeviceMemory
+from ferrum_rt.kernels.cuda.device import DeviceGraph, DeviceMemory
 
 POISON = -(2**60)
 _READERS = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
@@ -127,17 +127,22 @@ class EmulatedDevice:
         self._queue.append(event)
         return event
 
-    def capture(self, function: Callable[[], None]) -> EmulatedGraph:
+    def capture(self, function: Callable[[], None]) -> list[DeviceGraph]:
         assert self._captured is None, "a graph is being captured already"
         self.synchronize()
+        first = len(self.graphs)
         self._captured = []
         try:
             function()
-            graph = EmulatedGraph(self, self._captured)
+            self.cut()
         finally:
             self._captured = None
-        self.graphs.append(graph)
-        return graph
+        return list(self.graphs[first:])
+
+    def cut(self) -> None:
+        assert self._captured, "a graph with nothing in it"
+        self.graphs.append(EmulatedGraph(self, self._captured))
+        self._captured = []
 
     def memory(self) -> DeviceMemory:
         return DeviceMemory(self._capacity, self._capacity - 2**20, 2**19, 2**18, 2**19)

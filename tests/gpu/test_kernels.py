@@ -147,7 +147,7 @@ def test_mixture_of_experts(rows: int, renormalize: bool) -> None:
     torch.cuda.synchronize()
     with device.stream():
         run()
-        graph = device.capture(run)
+        (graph,) = device.capture(run)
         out.zero_()
         graph.replay()
     device.synchronize()
@@ -236,7 +236,7 @@ def test_decodes_in_a_graph(kind: AttentionKind) -> None:
     with device.stream():
         attention.replan(slots, [1] * len(slots), tables.copy_(cache.tables))
         run()
-        graph = device.capture(run)
+        (graph,) = device.capture(run)
         for growth in (0, 1, 15, 90):
             for slot in slots:
                 cache.grow(slot, growth)
@@ -249,6 +249,32 @@ def test_decodes_in_a_graph(kind: AttentionKind) -> None:
             device.synchronize()
             rows = enumerate(zip(slots, num_tokens, strict=True))
             close(out, torch.cat([cache.expected(given[row : row + 1], slot, length - 1) for row, (slot, length) in rows]))
+
+
+def test_a_capture_is_cut() -> None:
+    """What one graph leaves the next one reads, and between the two there is room for what is not captured."""
+    device = CudaDevice()
+    x, between = torch.ones(1000, device="cuda"), torch.zeros(1000, device="cuda")
+
+    def run() -> None:
+        doubled = x * 2
+        torch.add(doubled, 1, out=between)
+        if cuts:
+            device.cut()
+        x.copy_(between.sqrt() + doubled)
+
+    cuts: list[bool] = []
+    torch.cuda.synchronize()
+    with device.stream():
+        run()
+        cuts.append(True)
+        first, second = device.capture(run)
+        x.fill_(3.0)
+        first.replay()
+        between.add_(2.0)
+        second.replay()
+    device.synchronize()
+    assert x.tolist() == [9.0] * 1000
 
 
 def test_pages_are_copied() -> None:

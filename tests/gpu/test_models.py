@@ -69,7 +69,7 @@ class _Rounded:
 
     def __init__(self, reader: CheckpointReader, dtype: torch.dtype) -> None:
         self._reader, self._dtype = reader, dtype
-        self.check = reader.check
+        self.check, self.read_scale = reader.check, reader.read_scale
 
     def read(self, part: Any, dtype: torch.dtype) -> Tensor:
         name = part.names[0]

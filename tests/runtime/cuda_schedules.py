@@ -17,7 +17,7 @@ from ferrum_rt.interfaces.types import FinishReason, TokenId
 from ferrum_rt.kernels.batch import KvPages
 from ferrum_rt.runtime.cuda_executor import CudaExecutor
 from ferrum_rt.runtime.sampler import BatchSampler
-from tests.fakes.cuda_model import StandInOps, TokenDecoder, draw_by_sample, token_model_info
+from tests.fakes.cuda_model import TokenDecoder, TokenOps, draw_by_sample, token_model_info
 from tests.fakes.device import POISON, EmulatedDevice
 from tests.fakes.memory import VOCABULARY, next_token
 from tests.runtime.test_scheduler_properties import BLOCK_SIZE, BUDGET, EOS, MAX_LEN, NUM_PAGES, NUM_SLOTS, Schedule
@@ -30,11 +30,11 @@ class Machine:
 
     def __init__(self) -> None:
         self.device = EmulatedDevice(is_lazy=True)
-        self.ops = StandInOps(self.device, BLOCK_SIZE)
+        self.ops = TokenOps(self.device, MAX_LEN, BLOCK_SIZE)
         self.pages = KvPages(torch.full(((NUM_PAGES + 1) * BLOCK_SIZE, 1), POISON))
         self.executor = CudaExecutor(
             token_model_info(MAX_LEN),
-            TokenDecoder(self.device, MAX_LEN, NUM_SLOTS, BLOCK_SIZE),
+            TokenDecoder(self.device, self.ops, NUM_SLOTS, BLOCK_SIZE),
             self.ops,
             BatchSampler(NUM_SLOTS, VOCABULARY, MAX_LEN),
             [self.pages],

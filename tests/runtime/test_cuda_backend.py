@@ -159,7 +159,7 @@ def test_a_gpu_that_fails_while_loading(device: SizedDevice, die_at: int) -> Non
 
 @pytest.mark.slow
 def test_graphs_are_captured_before_the_first_step(device: SizedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The terminal sees layers and then graphs counted, the largest graph being the first."""
+    """The terminal sees layers and then sizes of graphs counted."""
     bars: list[tuple[str, str]] = []
     counts: list[tuple[int, int]] = []
 
@@ -171,8 +171,9 @@ def test_graphs_are_captured_before_the_first_step(device: SizedDevice, monkeypa
     monkeypatch.setattr("ferrum_rt.runtime.load_job.progress_bar", bar)
     executor = load(device, scheduler={"max_running_requests": 5})
     assert [unit for _, unit in bars] == ["layers", "CUDA graphs"]
-    assert counts == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
-    assert list(executor._graphs) == [1, 2, 4, 5]
+    sizes = [*executor._graphs, *executor._pieces]
+    assert sizes == [1, 2, 4, 5, 16, 32, 64, 128, 256, 320, 384, 448, 512]
+    assert counts == [(done, len(sizes)) for done in range(len(sizes) + 1)]
     executor.close()
 
 

@@ -24,11 +24,12 @@ from ferrum_rt.interfaces.types import RequestId, TokenId
 from ferrum_rt.kernels.batch import KvPages
 from ferrum_rt.runtime.cuda_executor import CudaExecutor, graph_sizes
 from ferrum_rt.runtime.sampler import BatchSampler
-from tests.fakes.cuda_model import StandInOps, TokenDecoder, draw_by_sample, token_model_info
+from ferrum_rt.runtime.step_pieces import piece_sizes
+from tests.fakes.cuda_model import TokenDecoder, TokenOps, draw_by_sample, token_model_info
 from tests.fakes.device import POISON, EmulatedDevice
 from tests.fakes.memory import VOCABULARY, next_token
 
-NUM_SLOTS, NUM_PAGES, BLOCK_SIZE, MAX_LEN, MAX_TOKENS = 5, 12, 4, 24, 16
+NUM_SLOTS, NUM_PAGES, BLOCK_SIZE, MAX_LEN, MAX_TOKENS = 5, 12, 4, 24, 40
 
 
 class Rig:
@@ -36,8 +37,8 @@ class Rig:
 
     def __init__(self, *, is_lazy: bool = False, has_graphs: bool = True) -> None:
         self.device = EmulatedDevice(is_lazy=is_lazy)
-        self.ops = StandInOps(self.device, BLOCK_SIZE)
-        self.decoder = TokenDecoder(self.device, MAX_LEN, NUM_SLOTS, BLOCK_SIZE)
+        self.ops = TokenOps(self.device, MAX_LEN, BLOCK_SIZE)
+        self.decoder = TokenDecoder(self.device, self.ops, NUM_SLOTS, BLOCK_SIZE)
         self.pages = KvPages(torch.full(((NUM_PAGES + 1) * BLOCK_SIZE, 1), POISON))
         self.sampler = BatchSampler(NUM_SLOTS, VOCABULARY, MAX_LEN)
         self.executor = CudaExecutor(
@@ -58,9 +59,10 @@ class Rig:
             self.executor.capture_graphs(lambda done, total: None)
 
     def replays(self) -> dict[int, int]:
-        """By batch size, how often its graph was replayed."""
+        """By batch size, how often its graph of decodes was replayed."""
         sizes = sorted(self.ops.decode_attentions, reverse=True)
-        return {size: graph.num_replays for size, graph in zip(sizes, self.device.graphs, strict=True) if graph.num_replays}
+        graphs = self.device.graphs[-len(sizes) :]
+        return {size: graph.num_replays for size, graph in zip(sizes, graphs, strict=True) if graph.num_replays}
 
     def start(self, prompts: dict[int, list[int]], **sampling: object) -> list[int]:
         """Give each slot a sequence with two pages of its own; the tokens sampled first."""
@@ -122,7 +124,8 @@ def test_captured_sizes(num_slots: int, sizes: list[int]) -> None:
 
 @pytest.mark.slow  # torch's own first steps
 def test_decodes_replay_the_next_larger_graph() -> None:
-    """A step of three decodes replays the graph for four, once, and nothing is waited for; a mixed step replays none."""
+    """A step of three decodes replays the graph for four, once, and nothing is waited for; a mixed step replays none of
+    those for decodes."""
     prompts = {0: [1, 2, 3], 2: [4], 4: [5, 6]}
     with rig() as made:
         first = made.start(prompts)
@@ -140,6 +143,74 @@ def test_decodes_replay_the_next_larger_graph() -> None:
     found = [list(tokens) for tokens in zip(first, second, strict=True)]
     assert found == [continuation(prompt, 2) for prompt in prompts.values()]
     assert third == continuation(prompts[4], 3)[2:]
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "sizes"),
+    [
+        (9, [9]),
+        (16, [16]),
+        (40, [16, 32, 40]),
+        (300, [16, 32, 64, 128, 256, 300]),
+        (512, [16, 32, 64, 128, 256, 320, 384, 448, 512]),
+        (8192, [16, 32, 64, 128, 256, 320, 384, 448, 512]),
+    ],
+)
+def test_sizes_of_pieces(max_tokens: int, sizes: list[int]) -> None:
+    """16, twice that and so on up to 256, every 64 up to 512; and no more than a step may have."""
+    assert piece_sizes(max_tokens) == sizes
+
+
+def mixed_step(new: dict[int, list[int]], positions: dict[int, int], start: int = 0) -> StepInput:
+    """Decodes of known slots, and beside them the prompts of new ones, each with two pages of its own."""
+    assigned = [SlotAssignment(slot, RequestId(str(slot)), SamplingConfig(), [2 * slot, 2 * slot + 1]) for slot in new]
+    prefills = [PrefillInput(slot, [TokenId(t) for t in tokens], start, True) for slot, tokens in new.items()]
+    return StepInput(assigned, [], [], UnifiedBatch([DecodeInput(*item) for item in positions.items()], prefills))
+
+
+@pytest.mark.parametrize(("num_prompts", "length", "size"), [(1, 3, 16), (1, 7, 16), (3, 7, 32)])
+def test_mixed_steps_are_replayed_in_pieces(num_prompts: int, length: int, size: int) -> None:
+    """A step of decodes and prompts replays the graphs of the next larger number of rows, each once and with no other, and
+    waits for nothing; each row has the token that is its own."""
+    prompts = {slot: [slot + 4, *range(length - 1)] for slot in range(1, 1 + num_prompts)}
+    with rig() as made:
+        (first,) = made.start({0: [1, 2, 3]})
+        before, syncs = [graph.num_replays for graph in made.device.graphs], made.device.num_syncs
+        tokens = tokens_of(made.executor.execute(mixed_step(prompts, {0: 3})))
+        assert made.device.num_syncs == syncs
+        pieces = made.executor._pieces[size]._graphs
+        assert [graph.num_replays - then for graph, then in zip(made.device.graphs, before, strict=True)] == [
+            int(graph in pieces) for graph in made.device.graphs
+        ]
+        # What they left is there for the step after.
+        after = tokens_of(made.executor.execute(decodes({0: 4, **dict.fromkeys(prompts, length)})))
+    assert [first, tokens[0], after[0]] == continuation([1, 2, 3], 3)
+    assert [list(pair) for pair in zip(tokens[1:], after[1:], strict=True)] == [
+        continuation(prompt, 2) for prompt in prompts.values()
+    ]
+
+
+def test_steps_above_the_largest_pieces_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rows than were captured replay nothing, and have the same tokens."""
+    monkeypatch.setattr("ferrum_rt.runtime.step_pieces._MOST_ROWS", 16)
+    prompts = {slot: [slot, *range(6)] for slot in range(4)}
+    with rig() as made:
+        assert list(made.executor._pieces) == [16]
+        assert made.start(prompts) == [next_token(prompt) for prompt in prompts.values()]
+        assert not any(graph.num_replays for graph in made.device.graphs)
+        assert tokens_of(made.executor.execute(decodes({3: 7}))) == continuation(prompts[3], 2)[1:]
+
+
+def test_padding_of_pieces_touches_nobodys_page() -> None:
+    """The rows that fill up a captured step write to the scratch page alone."""
+    with rig() as made:
+        made.start({0: [1, 2, 3]})
+        with made.device.stream():
+            before = made.pages.data.clone()
+        tokens_of(made.executor.execute(mixed_step({2: [5, 6]}, {0: 3})))
+        changed = (made.pages.data != before).nonzero()[:, 0].tolist()
+    scratch = NUM_PAGES * BLOCK_SIZE
+    assert {3, 4 * BLOCK_SIZE, 4 * BLOCK_SIZE + 1} <= set(changed) <= {3, 4 * BLOCK_SIZE, 4 * BLOCK_SIZE + 1, scratch}
 
 
 def test_a_graph_is_planned_before_each_replay() -> None:

@@ -79,17 +79,18 @@ async def generate(engine: Runtime, requests: list[dict[str, Any]]) -> list[Infe
 
 @pytest.mark.slow
 async def test_tokens_are_those_of_the_ops_alone(device: EmulatedDevice) -> None:
-    """Prompts in chunks of a few tokens, four sizes of graphs, ``n`` of two and a row that the graph cannot
-    draw, all at once: greedy tokens are those of CudaOps without an executor."""
+    """Prompts in chunks of a few tokens, four sizes of graphs and one of pieces, ``n`` of two and a row that the graph
+    cannot draw, all at once: greedy tokens are those of CudaOps without an executor."""
     lengths = [{"max_tokens": NUM_TOKENS - 3 * index} for index in range(3)]
     async with engine_on(device, scheduler={"max_running_requests": 5}, batching={"max_batched_tokens": 8}) as engine:
         found = await generate(engine, [*lengths, {"n": 2}, {"logprobs": 1}])
+        num_layers = engine.model_info.num_layers
     expected = alone()
     for index in range(3):
         assert list(found[index].token_ids) == expected[index][: NUM_TOKENS - 3 * index]
     assert [list(output.token_ids) for output in found[3].outputs or ()] == [expected[0]] * 2
     assert list(found[4].token_ids) == expected[1]
-    assert len(device.graphs) == 4
+    assert len(device.graphs) == 4 + num_layers + 1
     assert all(graph.num_replays for graph in device.graphs), "a batch size was never put to the test"
 
 

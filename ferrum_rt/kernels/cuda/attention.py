@@ -5,7 +5,7 @@ up) is the same in every layer of a kind. Lengths stay on the host and page numb
 nothing. Host tensors are pinned: a copy from other memory may wait for the stream.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -175,6 +175,28 @@ class DecodeAttention:
                 *_sizes(kind, setup),
                 **_options(kind, setup),
             )
+
+
+class AttentionCall(NamedTuple):
+    """What a layer asks ``TensorOps.attention`` for, but for the plan."""
+
+    out: Tensor
+    q: Tensor
+    layer: KvLayer[Tensor]
+    kind: AttentionKind
+
+
+class AttentionGaps:
+    """The plan of a forward that is captured for any sequences: each call is kept instead of made. ``cut`` ends the graph
+    that leads up to it."""
+
+    def __init__(self, cut: Callable[[], None]) -> None:
+        self.calls: list[AttentionCall] = []
+        self._cut = cut
+
+    def keep(self, call: AttentionCall) -> None:
+        self._cut()
+        self.calls.append(call)
 
 
 def attend(

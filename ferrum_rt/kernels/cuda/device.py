@@ -60,9 +60,14 @@ class StreamDevice(Protocol):
 
     def record(self) -> DeviceEvent: ...
 
-    def capture(self, function: Callable[[], None]) -> DeviceGraph:
-        """What ``function`` enqueues is recorded instead of run. Call the function once before, for whatever it sets up.
-        All graphs of a device work in the same memory, so what one leaves there is gone when another is replayed."""
+    def capture(self, function: Callable[[], None]) -> "list[DeviceGraph]":
+        """What ``function`` enqueues is recorded instead of run: in one graph, and one more for each ``cut`` that it makes.
+        Call the function once before, for whatever it sets up. All graphs of a device work in the same memory, so what those
+        of one capture leave there is gone when those of another are replayed."""
+        ...
+
+    def cut(self) -> None:
+        """While a function is captured: what it enqueues from here on belongs to the next graph."""
         ...
 
     def memory(self) -> DeviceMemory: ...
@@ -92,6 +97,7 @@ class CudaDevice:
     """The current CUDA device, on a stream of its own. Make it, and use it, in one thread; events are waited for in any."""
 
     def __init__(self) -> None:
+        self._captured: list[torch.cuda.CUDAGraph] = []
         self.name = f"cuda:{torch.cuda.current_device()}"
         self._stream = torch.cuda.Stream(self.name)
         self._pool = torch.cuda.graph_pool_handle()
@@ -111,20 +117,30 @@ class CudaDevice:
         event.record(self._stream)
         return CudaEvent(event)
 
-    def capture(self, function: Callable[[], None]) -> DeviceGraph:
-        graph = torch.cuda.CUDAGraph()
+    def capture(self, function: Callable[[], None]) -> list[DeviceGraph]:
+        self._captured = []
         self._stream.synchronize()
         with self.stream():
-            # In the default mode anything that another thread of the host does with CUDA meanwhile breaks the capture.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            self._begin_graph()
             try:
                 function()
             except BaseException:
                 with suppress(RuntimeError):  # what it has to say of a broken capture is less than what broke it
-                    graph.capture_end()
+                    self._captured[-1].capture_end()
                 raise
-            graph.capture_end()
-        return graph
+            self._captured[-1].capture_end()
+        captured, self._captured = self._captured, []
+        return list(captured)
+
+    def cut(self) -> None:
+        self._captured[-1].capture_end()
+        self._begin_graph()
+
+    def _begin_graph(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        self._captured.append(graph)
+        # In the default mode anything that another thread of the host does with CUDA meanwhile breaks the capture.
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
     def memory(self) -> DeviceMemory:
         free, total = torch.cuda.mem_get_info(self.name)

@@ -14,6 +14,8 @@ from ferrum_rt.kernels.attention import FP8_MAX
 from ferrum_rt.kernels.batch import TokenBatch
 from ferrum_rt.kernels.cuda.attention import (
     WORKSPACE_BYTES,
+    AttentionCall,
+    AttentionGaps,
     AttentionSetup,
     DecodeAttention,
     EagerAttention,
@@ -103,7 +105,10 @@ class CudaOps(ReferenceOps):
             layer.data.index_copy_(0, kv_slots, kv)
 
     def attention(self, out: Tensor, q: Tensor, layer: KvLayer[Tensor], plan: Any, kind: AttentionKind) -> None:
-        attend(out, q, layer, plan, kind, self.block_size)
+        if isinstance(plan, AttentionGaps):
+            plan.keep(AttentionCall(out, q, layer, kind))
+        else:
+            attend(out, q, layer, plan, kind, self.block_size)
 
     def gated_activation(self, out: Tensor, gate_up: Tensor, kind: str) -> None:
         if out.shape[1] % _VECTOR:
