@@ -18,6 +18,7 @@ from ferrum_rt.interfaces.errors import (
     Unsupported,
 )
 from ferrum_rt.interfaces.grammar import GrammarCompiler
+from ferrum_rt.interfaces.kv_dtype import KvDtypeKind
 from ferrum_rt.interfaces.model_executor import ModelExecutor
 from ferrum_rt.interfaces.requests import check_sampling
 from ferrum_rt.interfaces.tokenizer import Tokenizer
@@ -194,7 +195,16 @@ def _build_cpu_executor(job: LoadJob) -> DecoderExecutor:
     with torch.inference_mode(), ExitStack() as undo:
         ops = open_ops(config.backend.num_threads or torch.get_num_threads())
         undo.callback(ops.close)
-        weights = load_weights(spec, job.open_reader(), ops, torch_dtype, max_model_len, job.loading_bar(), is_int8=is_int8)
+        weights = load_weights(
+            spec,
+            job.open_reader(),
+            ops,
+            torch_dtype,
+            max_model_len,
+            job.loading_bar(),
+            is_int8=is_int8,
+            has_fp8_pages=kv_kind is KvDtypeKind.FP8,
+        )
         decoder = Decoder(spec, weights, ops, torch_dtype, max_tokens, num_slots)
         cache = allocate_cache(spec, num_pages * block_size, kv_kind, ops.device)
         executor = DecoderExecutor(

@@ -75,7 +75,7 @@ class PagedMemory:
         for item in step.batch.decodes:
             places = range(item.position, item.position + rounds)
             first, *later = [self._decode(item.slot, position) for position in places]
-            assert not later or self._slots[item.slot].assigned.sampling.is_greedy
+            assert not later or self._slots[item.slot].assigned.sampling.is_plain
             decodes.append(DecodeOutput(first, later))
         return StepOutput(decodes, [self._prefill(item) for item in step.batch.prefills])
 

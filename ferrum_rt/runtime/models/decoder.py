@@ -1,5 +1,6 @@
 """The one decoder. A model family is a DecoderSpec; a device is a TensorOps."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ferrum_rt.interfaces.tensor import AttentionKind, TensorOps
 from ferrum_rt.kernels.batch import KvPages, TokenBatch
-from ferrum_rt.runtime.models.families import DecoderSpec, MoeSpec, Part, decoder_parts, layer_parts
+from ferrum_rt.runtime.models.families import DecoderSpec, MoeSpec, Part, decoder_parts, kv_scale_names, layer_parts
 from ferrum_rt.runtime.models.rope import RopeSpec, cos_sin_table
 from ferrum_rt.runtime.models.weights import WeightReader
 
@@ -63,13 +64,15 @@ def load_weights(
     progress: Callable[[int, int], None],
     *,
     is_int8: bool = False,
+    has_fp8_pages: bool = False,
 ) -> Weights:
     """Check every tensor, then read them in ``dtype``. With ``is_int8`` the linear layers are rounded to int8, but for the
-    routers, which are small and choose. ``progress`` is told the layers done and the layers there are."""
+    routers, which are small and choose. With ``has_fp8_pages`` a checkpoint's scales for these become part of the weights.
+    ``progress`` is told the layers done and the layers there are."""
     outer = decoder_parts(spec)
     by_layer = [layer_parts(spec, index) for index in range(len(spec.layers))]
     reader.check([*outer.values(), *(part for parts in by_layer for part in parts.values())])
-    loader = _Loader(spec, reader, ops, dtype, max_model_len, is_int8)
+    loader = _Loader(spec, reader, ops, dtype, max_model_len, is_int8, has_fp8_pages)
     layers = []
     for index, parts in enumerate(by_layer):
         progress(index, len(by_layer))
@@ -128,23 +131,25 @@ class _Loader:
         dtype: torch.dtype,
         max_model_len: int,
         is_int8: bool,
+        has_fp8_pages: bool,
     ) -> None:
         self._spec, self._reader, self._ops, self._dtype = spec, reader, ops, dtype
-        self._max_model_len, self._is_int8 = max_model_len, is_int8
+        self._max_model_len, self._is_int8, self._has_fp8_pages = max_model_len, is_int8, has_fp8_pages
         self._tables: list[tuple[RopeSpec, Tensor]] = []
         self.num_parameters = 0
 
     def layer(self, index: int, parts: dict[str, Part]) -> Layer:
         spec = self._spec.layers[index]
+        keys, values = self._kv_scale(index, "k"), self._kv_scale(index, "v")
         return Layer(
-            qkv=self.linear(parts, "qkv"),
-            o=self.linear(parts, "o"),
+            qkv=self.linear(parts, "qkv", rows=self._qkv_factors(keys, values)),
+            o=self.linear(parts, "o", factor=values),
             mlp=self._moe(parts, self._spec.moe) if self._spec.moe and spec.is_moe else self._dense(parts),
             attn_in_norm=self._needed_norm(parts, "attn_in_norm"),
             mlp_in_norm=self._needed_norm(parts, "mlp_in_norm"),
             attn_out_norm=self.norm(parts, "attn_out_norm"),
             mlp_out_norm=self.norm(parts, "mlp_out_norm"),
-            qk_norm=self._qk_norm(parts),
+            qk_norm=self._qk_norm(parts, keys),
             cos_sin=self._cos_sin(spec.rope),
             attention=attention_kind(self._spec, index),
         )
@@ -154,9 +159,34 @@ class _Loader:
         self.num_parameters += weight.numel()
         return weight
 
-    def linear(self, parts: dict[str, Part], name: str) -> Any:
-        weight, bias = self.tensor(parts[name]), parts.get(name + "_bias")
-        return self._ops.pack_linear(weight, self.tensor(bias) if bias else None, is_int8=self._is_int8)
+    def linear(self, parts: dict[str, Part], name: str, *, rows: Tensor | None = None, factor: float = 1.0) -> Any:
+        """``rows`` [out] multiplies what comes out, ``factor`` what goes in."""
+        weight, part = self.tensor(parts[name]), parts.get(name + "_bias")
+        bias = self.tensor(part) if part else None
+        if factor != 1:
+            weight.mul_(factor)
+        if rows is not None:
+            weight.mul_(rows.to(weight)[:, None])
+            if bias is not None:
+                bias.mul_(rows.to(bias))
+        return self._ops.pack_linear(weight, bias, is_int8=self._is_int8)
+
+    def _kv_scale(self, index: int, which: str) -> float:
+        """What this layer's keys or values are divided by before they are put into pages of fp8, so that they make the most
+        of its range: the checkpoint's scale, but the nearest power of two. That has the range too, and as a factor of
+        weights it changes no digit of any number."""
+        scale = self._reader.read_scale(kv_scale_names(index, which)) if self._has_fp8_pages else None
+        return 1.0 if scale is None else 2.0 ** round(math.log2(scale))
+
+    def _qkv_factors(self, keys: float, values: float) -> Tensor | None:
+        """Of the rows that make queries, keys and values: queries grow by what keys shrink. Where both are normed, the norms
+        do that."""
+        if keys == values == 1:
+            return None
+        spec = self._spec
+        q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        of_qk = 1.0 if spec.has_qk_norm else keys
+        return torch.cat([torch.full((q,), of_qk), torch.full((kv,), 1 / of_qk), torch.full((kv,), 1 / values)])
 
     def norm(self, parts: dict[str, Part], name: str) -> Tensor | None:
         """Norm weights stay in float32: they are few, and 1 + w would lose w's low bits in less."""
@@ -166,12 +196,12 @@ class _Loader:
         self.num_parameters += weight.numel()
         return weight + self._spec.norm_offset
 
-    def _qk_norm(self, parts: dict[str, Part]) -> Tensor | None:
+    def _qk_norm(self, parts: dict[str, Part], keys: float) -> Tensor | None:
         """[heads + kv heads, dim]: one weight a head, so that queries and keys are normed together."""
         q, k = self.norm(parts, "q_norm"), self.norm(parts, "k_norm")
         if q is None or k is None:
             return None
-        return torch.cat([q.expand(self._spec.num_heads, -1), k.expand(self._spec.num_kv_heads, -1)])
+        return torch.cat([(q * keys).expand(self._spec.num_heads, -1), (k / keys).expand(self._spec.num_kv_heads, -1)])
 
     def _needed_norm(self, parts: dict[str, Part], name: str) -> Tensor:
         weight = self.norm(parts, name)

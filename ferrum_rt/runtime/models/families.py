@@ -278,6 +278,11 @@ def layer_parts(spec: DecoderSpec, index: int) -> dict[str, Part]:
     return parts | _mlp_parts(spec, at)
 
 
+def kv_scale_names(index: int, which: str) -> tuple[str, ...]:
+    """What a layer's scale of keys ("k") or values ("v") in fp8 pages is called by those who calibrate it."""
+    return tuple(f"model.layers.{index}.self_attn.{name}{which}_scale" for name in ("", f"{which}_proj.", "attn."))
+
+
 def _norm(name: str, size: int) -> Part:
     return Part((name + ".weight",), ((size,),))
 

@@ -5,7 +5,7 @@ Every tensor a model needs is looked up in the files' headers, with its shape, b
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,10 @@ class WeightReader(Protocol):
 
     def read(self, part: Part, dtype: torch.dtype) -> Tensor:
         """The part's tensors, one below the other, in memory of their own."""
+        ...
+
+    def read_scale(self, names: Sequence[str]) -> float | None:
+        """The first of these tensors that is there, a positive number. Raises ModelError for anything else."""
         ...
 
 
@@ -68,6 +72,19 @@ class CheckpointReader:
             row += shape[0]
         return result
 
+    def read_scale(self, names: Sequence[str]) -> float | None:
+        name = next((name for name in names if name in self._where), None)
+        if name is None:
+            return None
+        path = self._where[name]
+        try:
+            values = self._files[path].get_tensor(name).double().flatten().tolist()
+        except SafetensorError as error:
+            raise ModelError(f"{path}: the tensor {name!r} is listed in the index but not here") from error
+        if len(values) != 1 or not 0 < values[0] < math.inf:
+            raise ModelError(f"{path}: the tensor {name!r} is no scale: expected one positive number, found {values[:4]}")
+        return float(values[0])
+
     def _locate(self, directory: Path) -> dict[str, Path]:
         index = directory / "model.safetensors.index.json"
         if index.is_file():
@@ -104,6 +121,9 @@ class DummyReader:
 
     def check(self, parts: Iterable[Part]) -> None:
         pass
+
+    def read_scale(self, names: Sequence[str]) -> float | None:
+        return None
 
     def read(self, part: Part, dtype: torch.dtype) -> Tensor:
         shape = (sum(shape[0] for shape in part.shapes), *part.shapes[0][1:])
