@@ -11,8 +11,8 @@ again; or *spinning*, a thread of pure Python that never gives up the GIL of its
 What is in question is the GIL and not who gets the cores, so the engine computes with one thread less than there are
 cores. The design asks for at least 90 % beside the half-busy host, and for at most 2 ms of delay at p99.
 
-    python -m bench.busy_host [--batch 4 16] [--seconds 3] [--repeats 5] [--dtype float32] [--threads N]
-                              [--model DIRECTORY | --dummy DIRECTORY_WITH_A_CONFIG_JSON]
+    python -m bench.busy_host [--batch 4 16] [--seconds 3] [--repeats 5] [--temperature 0.8] [--dtype float32]
+                              [--threads N] [--model DIRECTORY | --dummy DIRECTORY_WITH_A_CONFIG_JSON]
 """
 
 import argparse
@@ -90,10 +90,12 @@ def _spin(stopped: threading.Event) -> None:
 class Load:
     """``batch`` readers that always have a request running; counts the tokens they get."""
 
-    def __init__(self, engine: ferrum_rt.InferenceEngine, batch: int, vocab_size: int, max_tokens: int) -> None:
+    def __init__(
+        self, engine: ferrum_rt.InferenceEngine, batch: int, vocab_size: int, max_tokens: int, temperature: float
+    ) -> None:
         self.num_tokens = 0
         self._engine, self._batch = engine, batch
-        self._vocab_size, self._max_tokens = vocab_size, max_tokens
+        self._vocab_size, self._max_tokens, self._temperature = vocab_size, max_tokens, temperature
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -107,7 +109,7 @@ class Load:
         while True:
             prompt = [rng.randrange(self._vocab_size) for _ in range(NUM_PROMPT_TOKENS)]
             async with self._engine.infer_stream(
-                prompt, max_tokens=self._max_tokens, temperature=0.0, ignore_eos=True
+                prompt, max_tokens=self._max_tokens, temperature=self._temperature, ignore_eos=True
             ) as chunks:
                 async for chunk in chunks:
                     self.num_tokens += len(chunk.token_ids)
@@ -161,7 +163,7 @@ async def measure_all(engine: ferrum_rt.InferenceEngine, args: argparse.Namespac
     cases = [Case(host, batch) for batch in (0, *args.batch) for host in Host]
     samples = Samples({case: [] for case in cases if case.batch}, {case: [] for case in cases})
     for repeat, case in itertools.product(range(args.repeats), cases):
-        load = Load(engine, case.batch, info.vocab_size, max_tokens)
+        load = Load(engine, case.batch, info.vocab_size, max_tokens, args.temperature)
         async with host_load(case.host), load.running():
             await anyio.sleep(args.warm_up)
             # One after the other: the ticks are a load too.
@@ -232,6 +234,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
     parser.add_argument("--warm-up", type=float, default=0.5, help="seconds before it")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest tokens")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="by default the checkpoint's")
     parser.add_argument("--threads", type=int, default=max(1, len(os.sched_getaffinity(0)) - 1), help="for the engine")
     parser.add_argument("--model", type=Path, help="by default the demo model")
@@ -257,7 +260,7 @@ def main() -> None:
 
     results = summarize(samples)
     show(results, args.repeats)
-    names = ("seconds", "repeats", "threads", "dtype", "loop")
+    names = ("seconds", "repeats", "temperature", "threads", "dtype", "loop")
     settings = {"model": str(model or "demo"), **{name: getattr(args, name) for name in names}}
     finish("busy_host", facts, settings, results)
 

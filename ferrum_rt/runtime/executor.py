@@ -15,13 +15,13 @@ from ferrum_rt.runtime.host_inputs import HostInputs
 from ferrum_rt.runtime.models.decoder import Decoder
 from ferrum_rt.runtime.sampler import not_numbers
 from ferrum_rt.runtime.step_rows import StepRows, lay_out, memory_of, outputs_of, page_rows, parts_of, prompt_scores
-from ferrum_rt.runtime.step_runner import MAX_ROUNDS, StepRunner
+from ferrum_rt.runtime.step_runner import MAX_ROUNDS, StepLogits, StepRunner
 from ferrum_rt.runtime.worker import finished
 
 
 class DecoderExecutor:
-    """Keeps, for each slot, its block table and the token it sampled last; a step brings only what changed. Tokens that are
-    simply the likeliest come from the runner; the sampler draws the others."""
+    """Keeps, for each slot, its block table and the token it sampled last; a step brings only what changed. Tokens come from
+    the runner, or from the sampler where more is asked than it can."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class DecoderExecutor:
         self._decoder, self._ops, self._inputs, self._runner = decoder, ops, inputs, runner
         self._sampler, self._cache = sampler, cache
         self._block_size = block_size
-        self._is_greedy = [True] * num_slots
+        self._is_from_runner = [True] * num_slots
         self._rows = torch.arange(num_slots)
 
     @torch.inference_mode()
@@ -63,10 +63,8 @@ class DecoderExecutor:
         rows = lay_out(step.batch)
         if step.batch.num_rounds > 1:
             return self._run_rounds(rows, step.batch.num_rounds)
-        others = [row for row, slot in enumerate(rows.sampled_slots) if not self._is_greedy[slot]]
-        context = SamplingContext(
-            slots=[rows.sampled_slots[row] for row in others], positions=[rows.sampled_positions[row] for row in others]
-        )
+        others = self._for_sampler(rows)
+        context = _context(rows, others)
         if others:
             self._sampler.prepare(context)
         self._inputs.fill(rows)
@@ -78,22 +76,37 @@ class DecoderExecutor:
                 scores[index] = prompt_scores(logits_of, self._sampler, item, span, self._rows)
 
         is_scored = any(item.num_scores is not None for item in step.batch.prefills)
-        logits = self._runner.run(score_prompts if is_scored else None)
-        tokens = [_sampled(token) for token in logits.best]
+        tokens = self._choose(self._runner.run(score_prompts if is_scored else None), others, context)
+        self._inputs.keep(rows.sampled_slots, [item.token_id for item in tokens])
+        return outputs_of(step.batch, tokens, scores)
+
+    def _run_rounds(self, rows: StepRows, num_rounds: int) -> StepOutput:
+        """In one call if all tokens are the runner's; else the sampler draws after each round."""
+        self._inputs.fill(rows)
+        others = self._for_sampler(rows)
+        if others:
+            rounds = [self._choose(self._runner.run(), others, _context(rows, others))]
+            while len(rounds) < num_rounds:
+                self._inputs.advance([item.token_id for item in rounds[-1]])
+                rounds.append(self._choose(self._runner.run(), others, _context(rows, others, ahead=len(rounds))))
+        else:
+            rounds = [[_sampled(token) for token in found] for found in self._runner.run_rounds(num_rounds)]
+        self._inputs.keep(rows.sampled_slots, [item.token_id for item in rounds[-1]])
+        return StepOutput([DecodeOutput(first, later) for first, *later in zip(*rounds, strict=True)], [])
+
+    def _for_sampler(self, rows: StepRows) -> list[int]:
+        """Those of the sampled rows that the sampler has to draw."""
+        return [row for row, slot in enumerate(rows.sampled_slots) if not self._is_from_runner[slot]]
+
+    def _choose(self, logits: StepLogits, others: list[int], context: SamplingContext) -> list[SampledToken]:
+        """The runner's tokens, but for the rows ``others``, of which ``context`` tells."""
+        tokens = [_sampled(token) for token in logits.tokens]
         if others:
             is_all = len(others) == len(tokens)
             drawn = self._sampler.sample(logits.rows[: len(tokens)] if is_all else logits.rows[others], context)
             for row, token in zip(others, drawn, strict=True):
                 tokens[row] = token
-        self._inputs.keep(rows.sampled_slots, [item.token_id for item in tokens])
-        return outputs_of(step.batch, tokens, scores)
-
-    def _run_rounds(self, rows: StepRows, num_rounds: int) -> StepOutput:
-        self._inputs.fill(rows)
-        rounds = self._runner.run_rounds(num_rounds)
-        self._inputs.keep(rows.sampled_slots, rounds[-1])
-        tokens = [[_sampled(token) for token in found] for found in zip(*rounds, strict=True)]
-        return StepOutput([DecodeOutput(first, later) for first, *later in tokens], [])
+        return tokens
 
     def close(self) -> None:
         self._sampler.close()
@@ -107,7 +120,7 @@ class DecoderExecutor:
         for swap in step.swapped_out:  # first, for it counts as done even if the step fails
             self._move(swap, to_host=True)
         for assigned in step.assigned:
-            self._is_greedy[assigned.slot] = assigned.sampling.is_greedy
+            self._is_from_runner[assigned.slot] = self._runner.assign(assigned.slot, assigned.sampling)
             self._sampler.assign(assigned.slot, assigned.sampling, assigned.history)
         self._inputs.take_over(step)
         if step.copied:
@@ -125,6 +138,14 @@ class DecoderExecutor:
             ours = part[swap.page * size : (swap.page + 1) * size]
             theirs = host[swap.host_page * size : (swap.host_page + 1) * size]
             theirs.copy_(ours) if to_host else ours.copy_(theirs)
+
+
+def _context(rows: StepRows, sampled: list[int], ahead: int = 0) -> SamplingContext:
+    """Of these of the sampled rows, so many rounds later."""
+    return SamplingContext(
+        slots=[rows.sampled_slots[row] for row in sampled],
+        positions=[rows.sampled_positions[row] + ahead for row in sampled],
+    )
 
 
 def _sampled(token: TokenId | None) -> SampledToken:

@@ -26,6 +26,7 @@ class HostInputs:
         self._tokens, self._positions, self._kv_slots = np.zeros((3, max_tokens), dtype=np.int64)
         self._logit_rows = np.zeros(num_slots, dtype=np.int64)
         self.spans: list[QuerySpan] = []
+        self.sampled_slots: list[int] = []
         self.num_tokens = self.num_sampled = 0
 
     def take_over(self, step: StepInput) -> None:
@@ -37,6 +38,7 @@ class HostInputs:
     def fill(self, rows: StepRows) -> None:
         """The rows of the next step."""
         num_decodes, slots = rows.num_decodes, np.array(rows.slots, dtype=np.int64)
+        self.sampled_slots = rows.sampled_slots
         self.spans, self.num_tokens, self.num_sampled = rows.spans, len(slots), len(rows.logit_rows)
         self._positions[: self.num_tokens] = rows.positions
         self._tokens[:num_decodes] = self._last_tokens[slots[:num_decodes]]

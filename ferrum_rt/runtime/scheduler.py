@@ -323,9 +323,9 @@ class UnifiedScheduler:
             entries.append(Entry(sequence, handle, position, position + 1, True, sequence.num_retries))
 
     def _plan_rounds(self, step: StepInput, entries: list[Entry], wanted: int) -> None:
-        """Greedy decodes that nobody waits behind go on for some rounds, if there are pages for all. To the host that is one
-        step, so a small model is not held up by it."""
-        if wanted == 1 or self._waiting or not all(entry.sequence.is_greedy for entry in entries):
+        """Decodes that nobody waits behind go on for some rounds, if there are pages for all, and nothing is asked for that
+        has to be worked out for each token. To the host that is one step, so a small model is not held up by it."""
+        if wanted == 1 or self._waiting or not all(entry.sequence.is_plain for entry in entries):
             return
         rounds = min(wanted, *(1 + entry.sequence.num_unplanned for entry in entries))
         if rounds == 1:

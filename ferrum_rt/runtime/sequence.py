@@ -36,7 +36,7 @@ class Sequence:
     index: int = 0
     tokens: list[TokenId] = field(init=False)
     priority: Priority = field(init=False)
-    is_greedy: bool = field(init=False)
+    is_plain: bool = field(init=False)
     state: SequenceState = SequenceState.WAITING
     slot: int | None = None
     handle: KvCacheHandle | None = None
@@ -52,7 +52,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = list(self.request.token_ids)
         self.priority = self.request.priority
-        self.is_greedy = self.request.sampling.is_greedy
+        self.is_plain = self.request.sampling.is_plain
 
     @property
     def urgency(self) -> tuple[int, int]:

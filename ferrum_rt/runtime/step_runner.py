@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ferrum_rt.interfaces.sampler import SamplingConfig
 from ferrum_rt.interfaces.types import TokenId
 from ferrum_rt.kernels.batch import KvPages
 from ferrum_rt.kernels.cpu import CpuOps, NativeOps
-from ferrum_rt.kernels.cpu.ops import Rounds
+from ferrum_rt.kernels.cpu.ops import Draws, Rounds
 from ferrum_rt.kernels.cpu.program import BatchSizes, Program, Rows
 from ferrum_rt.kernels.sampling import argmax
 from ferrum_rt.runtime.host_inputs import HostInputs
@@ -20,31 +21,38 @@ MAX_ROUNDS = 32
 
 
 class StepLogits(NamedTuple):
-    """``best`` is the likeliest token of each sampled row, None for one without a finite maximum; ``rows`` are the logits
-    [num_slots, vocabulary], of which the first len(best) are this step's. Valid until the next step."""
+    """``tokens`` are those drawn for each sampled row, None for one without a finite maximum; ``rows`` are the logits
+    [num_slots, vocabulary], of which the first len(tokens) are this step's. Valid until the next step."""
 
-    best: Sequence[TokenId | None]
+    tokens: Sequence[TokenId | None]
     rows: Tensor
 
 
 class StepRunner(Protocol):
-    """Runs the decoder on what stands in its HostInputs."""
+    """Runs the decoder on what stands in its HostInputs, and draws tokens from what it can."""
+
+    def assign(self, slot: int, sampling: SamplingConfig) -> bool:
+        """How the slot's tokens are drawn from now on. False if this is beyond the runner: it gives the likeliest then."""
+        ...
 
     def run(self, between: Callable[[Tensor], None] | None = None) -> StepLogits:
         """``between`` is called with the hidden states [N, hidden] before the logits are; it may use the decoder."""
         ...
 
     def run_rounds(self, num_rounds: int) -> Sequence[Sequence[TokenId | None]]:
-        """Decodes alone, up to MAX_ROUNDS times, each with the token that the one before has found likeliest: these tokens,
-        by round."""
+        """Decodes alone, up to MAX_ROUNDS times, each with the token that the one before has drawn: these tokens, by
+        round."""
         ...
 
 
 class EagerRunner:
-    """Call by call, for ops in torch."""
+    """Call by call, for ops in torch; the likeliest tokens alone."""
 
     def __init__(self, decoder: Decoder, cache: list[KvPages], inputs: HostInputs) -> None:
         self._decoder, self._cache, self._inputs = decoder, cache, inputs
+
+    def assign(self, slot: int, sampling: SamplingConfig) -> bool:
+        return sampling.is_greedy
 
     def run(self, between: Callable[[Tensor], None] | None = None) -> StepLogits:
         batch = self._inputs.batch()
@@ -56,10 +64,10 @@ class EagerRunner:
         return StepLogits(_sound(ids.tolist(), highest.isfinite().tolist()), logits)
 
     def run_rounds(self, num_rounds: int) -> Sequence[Sequence[TokenId | None]]:
-        rounds = [self.run().best]
+        rounds = [self.run().tokens]
         while len(rounds) < num_rounds:
             self._inputs.advance(rounds[-1])
-            rounds.append(self.run().best)
+            rounds.append(self.run().tokens)
         return rounds
 
 
@@ -73,6 +81,10 @@ class RecordedRunner:
         max_tokens, num_rows = len(batch.token_ids), len(batch.logit_rows)
         self._highest, self._ids = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.int64)
         self._highest_values, self._id_values = self._highest.numpy(), self._ids.numpy()
+        self._draws = Draws(torch.zeros((num_rows, 2), dtype=torch.int64), torch.zeros((num_rows, 4), dtype=torch.float64))
+        self._keys, self._cuts = (part.numpy() for part in self._draws)
+        # The same by slot.
+        self._slot_keys, self._slot_cuts = np.zeros_like(self._keys), np.zeros_like(self._cuts)
         made: list[Tensor] = []
 
         def forward() -> None:
@@ -82,6 +94,7 @@ class RecordedRunner:
         def logits() -> None:
             made.append(decoder.logits(made[0], batch.logit_rows))
             ops.argmax(self._highest, self._ids, made[1])
+            ops.draw(self._ids, self._highest, made[1], batch.positions, batch.logit_rows, self._draws)
 
         self._found = Rounds(
             torch.empty((MAX_ROUNDS, num_rows), dtype=torch.int64),
@@ -100,6 +113,14 @@ class RecordedRunner:
         self._num_layers, self._num_whole, self._num_round = len(layers), len(layers) + len(last), len(one_round)
         self._hidden, self._logits = made
         self._span_values = self._plan.spans.numpy()
+
+    def assign(self, slot: int, sampling: SamplingConfig) -> bool:
+        if not sampling.is_plain or sampling.is_greedy:
+            self._slot_cuts[slot] = 0.0
+            return sampling.is_greedy
+        self._slot_keys[slot] = sampling.seed, sampling.sample_index
+        self._slot_cuts[slot] = sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
+        return True
 
     def run(self, between: Callable[[Tensor], None] | None = None) -> StepLogits:
         sizes = self._begin()
@@ -124,6 +145,8 @@ class RecordedRunner:
     def _begin(self) -> BatchSizes:
         inputs = self._inputs
         self._span_values[: len(inputs.spans)] = inputs.spans
+        slots = inputs.sampled_slots
+        self._keys[: len(slots)], self._cuts[: len(slots)] = self._slot_keys[slots], self._slot_cuts[slots]
         return BatchSizes(inputs.num_tokens, inputs.num_sampled, len(inputs.spans))
 
 

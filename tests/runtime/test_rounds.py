@@ -101,16 +101,20 @@ def test_rounds_are_planned_behind_rounds() -> None:
     assert found == expected_tokens(PROMPT, 33)
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0.7}, {"logprobs": 1}, {"logit_bias": {5: 1.0}}], ids=str)
-def test_tokens_that_a_sampler_draws_go_one_by_one(sampling: dict[str, Any]) -> None:
-    """A step with a row that is not simply the likeliest token has one round."""
+@pytest.mark.parametrize(
+    ("sampling", "rounds"),
+    [({"temperature": 0.7, "top_p": 0.9}, 8), ({"logprobs": 1}, 1), ({"logit_bias": {5: 1.0}}, 1), ({"min_tokens": 3}, 1)],
+    ids=str,
+)
+def test_rows_that_need_more_than_a_draw_go_one_by_one(sampling: dict[str, Any], rounds: int) -> None:
+    """A step with a row of which more is asked than a token drawn from the model's own logits has one round."""
     steps = Steps()
     steps.learn()
     steps.submit("a")
     steps.submit("b", **sampling)
     steps.step()
 
-    assert steps.step()[0].step.batch.num_rounds == 1
+    assert steps.step()[0].step.batch.num_rounds == rounds
 
 
 def test_nobody_waits_behind_rounds() -> None:
@@ -214,12 +218,34 @@ async def test_streams_have_the_same_text_in_rounds() -> None:
 
 
 @pytest.mark.slow
-async def test_the_demo_model_says_the_same_in_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The demo model's tokens are those of single steps, whatever ends among the rounds."""
+@pytest.mark.parametrize("temperatures", [(0.0, 0.0, 0.0), (0.8, 0.8, 0.8), (0.0, 1.2, 0.7)], ids=str)
+async def test_the_demo_model_says_the_same_in_rounds(
+    temperatures: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The demo model's tokens, greedy and drawn, are those of single steps, whatever ends among the rounds."""
+    await compare_with_single_steps(temperatures, monkeypatch)
+
+
+@pytest.mark.slow
+async def test_without_kernels_the_sampler_draws_in_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no compiler is, the sampler draws after each round, and what it draws in single steps."""
+    monkeypatch.setattr("ferrum_rt.kernels.cpu.load_kernels", lambda: None)
+    for name in ("_LEAST_ROUNDS_S", "_MOST_ROUNDS_S"):  # for a step takes longer
+        monkeypatch.setattr(f"ferrum_rt.runtime.engine.{name}", 0.2)
+    await compare_with_single_steps((0.8,), monkeypatch)
+
+
+async def compare_with_single_steps(temperatures: Sequence[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [
+        InferenceRequest(
+            prompt=prompt, sampling_params=SamplingParams(temperature=temperature, top_p=0.9, seed=5, max_tokens=150)
+        )
+        for prompt, temperature in zip(("def ", "import ", "class "), temperatures, strict=False)
+    ]
 
     async def ask() -> list[list[TokenId]]:
         async with open_runtime(scheduler={"max_running_requests": 4}) as engine:
-            results = await engine.infer_batch(["def ", "import ", "class "], temperature=0.0, max_tokens=150)
+            results = await engine.infer_batch(requests)
             return [list(result.token_ids) for result in results if isinstance(result, InferenceResponse)]
 
     rounds: list[int] = []

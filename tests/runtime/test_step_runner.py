@@ -51,12 +51,12 @@ class Model:
         self.inputs.take_over(step)
         self.inputs.fill(rows)
         whole = self.runner.run()
-        best = list(whole.best)
-        logits = whole.rows[: len(best)].clone()
+        tokens = list(whole.tokens)
+        logits = whole.rows[: len(tokens)].clone()
         again = self.runner.run(lambda hidden: found.append(hidden.clone()))
-        assert (list(again.best), again.rows[: len(best)].tolist()) == (best, logits.tolist())
-        self.inputs.keep(rows.sampled_slots, best)
-        return StepLogits(best, logits), found[0]
+        assert (list(again.tokens), again.rows[: len(tokens)].tolist()) == (tokens, logits.tolist())
+        self.inputs.keep(rows.sampled_slots, tokens)
+        return StepLogits(tokens, logits), found[0]
 
 
 def schedule(seed: int) -> list[StepInput]:
@@ -104,10 +104,10 @@ def test_rounds_are_steps_one_after_the_other(tmp_path: Path) -> None:
         for is_recorded, num_rounds in ((True, 8), (True, 1), (False, 8)):
             model = Model(tmp_path, ops, torch.float32, is_recorded=is_recorded)
             for step in prompts:
-                best = model.run(step)[0].best
+                tokens = model.run(step)[0].tokens
             decodes = prompts[-1].batch.decodes
             assert len(decodes) == NUM_SLOTS
-            rounds: list[list[TokenId | None]] = [list(best)]
+            rounds: list[list[TokenId | None]] = [list(tokens)]
             for start in range(0, 8, num_rounds):
                 items = [DecodeInput(item.slot, item.position + 1 + start) for item in decodes]
                 model.inputs.fill(lay_out(UnifiedBatch(items, [])))
@@ -143,12 +143,12 @@ def test_a_recorded_step_is_the_decoder_call_by_call(directory: Path, dtype: tor
             same, same_hidden = one_by_one.run(step)
             assert torch.equal(hidden, same_hidden)
             assert torch.equal(ours.rows, same.rows)
-            assert list(ours.best) == list(same.best)
+            assert list(ours.tokens) == list(same.tokens)
             if recorded.is_moe and dtype == torch.bfloat16:
                 continue
             wanted, _ = oracle.run(step)
             # The next step's tokens are ours: the oracle may choose others where two are nearly equal.
-            oracle.inputs.keep(lay_out(step.batch).sampled_slots, ours.best)
+            oracle.inputs.keep(lay_out(step.batch).sampled_slots, ours.tokens)
             scale = max(1.0, float(wanted.rows.abs().max())) if len(wanted.rows) else 1.0
             torch.testing.assert_close(ours.rows.float(), wanted.rows.float(), atol=bound * scale, rtol=0)
         first.close()

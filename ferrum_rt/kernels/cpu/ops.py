@@ -66,6 +66,14 @@ class Rounds(NamedTuple):
     round: Tensor
 
 
+class Draws(NamedTuple):
+    """How tokens are drawn, by row: ``keys`` int64 [R, 2], the seed and the number of the sample; ``cuts`` float64 [R, 4],
+    temperature (0 for none), top_k, top_p and min_p."""
+
+    keys: Tensor
+    cuts: Tensor
+
+
 class NativeOps(ReferenceOps):
     """``num_threads`` of a pool of its own, which ``close`` ends; the thread that calls is one of them."""
 
@@ -191,6 +199,15 @@ class NativeOps(ReferenceOps):
         self._emit(
             Op.ARGMAX, logits.dtype, len(logits), values.data_ptr(), ids.data_ptr(), logits.data_ptr(), logits.stride(0),
             logits.shape[1],
+        )  # fmt: skip
+
+    def draw(self, ids: Tensor, highest: Tensor, logits: Tensor, positions: Tensor, rows: Tensor, draws: Draws) -> None:
+        """For each row with a temperature put into ids [R] what is drawn of it. Before that ``ids`` and ``highest`` are what
+        ``argmax`` has found of logits [R, V]. Each belongs to that of ``rows`` [R] of the batch, whose place ``positions``
+        says: the token will stand behind it."""
+        self._emit(
+            Op.DRAW, logits.dtype, len(logits), ids.data_ptr(), highest.data_ptr(), logits.data_ptr(), logits.stride(0),
+            logits.shape[1], positions.data_ptr(), rows.data_ptr(), draws.keys.data_ptr(), draws.cuts.data_ptr(),
         )  # fmt: skip
 
     def advance(self, batch: TokenBatch, plan: AttentionPlan, found: Rounds, values: Tensor, ids: Tensor) -> None:

@@ -31,6 +31,7 @@ class Op(enum.IntEnum):
     EXPERTS_LINEAR = 13
     COMBINE = 14
     ADVANCE = 15
+    DRAW = 16
 
 
 class Kind(enum.IntEnum):

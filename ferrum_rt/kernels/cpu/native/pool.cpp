@@ -27,6 +27,7 @@ const Kernel& kernel_of(Op op) {
       &kGatherKernel, &kRmsNormKernel, &kQkNormRopeKernel, &kGatedActivationKernel, &kSoftCapKernel, &kArgmaxKernel,
       &kAppendKernel, &kPlanKernel, &kAttentionKernel,
       &kRouteKernel, &kGroupKernel, &kExpertsLinearKernel, &kCombineKernel, &kAdvanceKernel,
+      &kDrawKernel,
   };
   static_assert(sizeof(kernels) / sizeof(*kernels) == static_cast<size_t>(Op::kCount));
   return *kernels[static_cast<int64_t>(op)];

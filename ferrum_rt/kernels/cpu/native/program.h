@@ -23,6 +23,7 @@ enum class Op : int64_t {
   kExpertsLinear,
   kCombine,
   kAdvance,
+  kDraw,
   kCount
 };
 
@@ -71,7 +72,7 @@ extern const Kernel kPrepareKernel, kLinearKernel;
 extern const Kernel kGatherKernel, kRmsNormKernel, kQkNormRopeKernel, kGatedActivationKernel, kSoftCapKernel, kArgmaxKernel;
 extern const Kernel kAppendKernel, kPlanKernel, kAttentionKernel;
 extern const Kernel kRouteKernel, kGroupKernel, kExpertsLinearKernel, kCombineKernel;
-extern const Kernel kAdvanceKernel;
+extern const Kernel kAdvanceKernel, kDrawKernel;
 
 const Kernel& kernel_of(Op op);
 
