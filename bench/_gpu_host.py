@@ -103,7 +103,7 @@ async def _one(engine: Any, launches: LaunchTimes, batch: int, count: int, vocab
 async def _prompts_in_turns(
     engine: Any, launches: LaunchTimes, batch: int, vocab_size: int, repeats: int
 ) -> dict[str, dict[str, Spread]]:
-    """Short answers to prompts of 100 tokens, so that most steps have both in them: milliseconds for a request, and
+    """Short answers to prompts of 64 tokens, so that most steps have both in them: milliseconds for a request, and
     microseconds of a launch."""
     executor = engine._model.executor
     captured = executor._pieces
@@ -112,7 +112,7 @@ async def _prompts_in_turns(
         for kind, found in rows.items():
             executor._pieces = captured if kind == "pieces" else {}
             num_steps, wall_s = launches.num_steps, launches.wall_s
-            workload = equal_requests(4 * batch, 100, 4, vocab_size, 1000 + repeat)
+            workload = equal_requests(4 * batch, 64, 4, vocab_size, 1000 + repeat)
             began = time.perf_counter()
             async with anyio.create_task_group() as tasks:
                 for prompt in workload.prompts:

@@ -82,7 +82,7 @@ def _host(found: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def _prompts(found: dict[str, Any]) -> Iterator[list[str]]:
-    yield ["100 in, 4 out, many at once", "steps with prompts are", "ms a request", "µs a launch"]
+    yield ["64 in, 4 out, many at once", "steps with prompts are", "ms a request", "µs a launch"]
     for model, row in result_of(found, "host").items():
         for kind, times in row["prompts"].items():
             yield [model, kind, _show(times["request_ms"], 2), _show(times["launch_us"], 0)]

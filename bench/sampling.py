@@ -1,10 +1,13 @@
 """How much does choosing the tokens add to a decode step?
 
 The executor decodes a batch with random weights in the shape of Qwen3-0.6B, whose vocabulary has 151,936 tokens. For each
-set of SamplingParams below, all rows ask for it. Measured in each step is the time in the sampler (beginning before the
-model runs, drawing after it) beside the time of the forward pass with its logits; the share is their ratio. The sets take
-turns within each repeat. Histories are 128 tokens long, because a longer one would only make attention slower, and so the
-share smaller; their keys and values are zeros, because only the time matters.
+set of SamplingParams below, all rows ask for it. Measured in each step is the time of choosing beside that of the forward
+pass with its logits; the share is their ratio. What the native step chooses itself, the likeliest token of each row and
+draws by temperature, top_k, top_p and min_p, is timed by having the same kernels choose once more from the same logits, and
+is taken off the step's time; what it leaves to the sampler is timed there (beginning before the model runs, drawing after
+it).
+The sets take turns within each repeat. Histories are 128 tokens long, because a longer one would only make attention slower,
+and so the share smaller; their keys and values are zeros, because only the time matters.
 
 Random weights give a flat distribution, which is the worst case for top_p alone: no few candidates reach it.
 
@@ -68,6 +71,7 @@ class Bench:
         from ferrum_rt.interfaces.config import build_config
         from ferrum_rt.runtime.executor import DecoderExecutor
         from ferrum_rt.runtime.loader import load_model
+        from ferrum_rt.runtime.step_runner import RecordedRunner
 
         with tempfile.TemporaryDirectory(prefix="ferrum-bench-") as directory:
             Path(directory, "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -87,14 +91,16 @@ class Bench:
             for pages in executor._cache:
                 pages.data.zero_()
         self._executor, self._batch, self._steps = executor, batch, steps
-        self._forward_s = self._sampler_s = 0.0
+        self._step_s = self._native_s = self._sampler_s = 0.0
         runner, sampler = executor._runner, executor._sampler
-        runner.run = self._timed(runner.run, "_forward_s")  # type: ignore[method-assign]
+        assert isinstance(runner, RecordedRunner), "the native kernels are measured: install a compiler"
+        self._runner = runner
+        runner.run = self._timed(runner.run, "_step_s")  # type: ignore[method-assign]
         sampler.prepare = self._timed(sampler.prepare, "_sampler_s")  # type: ignore[method-assign]
         sampler.sample = self._timed(sampler.sample, "_sampler_s")  # type: ignore[method-assign]
 
     def run(self, fields: dict[str, Any]) -> tuple[float, float]:
-        """Seconds per step in the forward pass and in the sampler."""
+        """Seconds per step in the forward pass, and choosing."""
         from ferrum_rt.interfaces.model_executor import DecodeInput, SlotAssignment, StepInput, UnifiedBatch
         from ferrum_rt.interfaces.sampler import SamplingConfig, SequenceHistory
         from ferrum_rt.interfaces.types import RequestId, TokenId
@@ -111,12 +117,21 @@ class Bench:
             assigned.append(SlotAssignment(slot, RequestId(str(slot)), sampling, pages, history))
         for step in range(self._steps + 1):
             if step == 1:  # the first one takes the slots over, and warms up
-                self._forward_s = self._sampler_s = 0.0
+                self._step_s = self._native_s = self._sampler_s = 0.0
             decodes = [DecodeInput(slot, CONTEXT + step) for slot in range(self._batch)]
             step_input = StepInput(assigned if step == 0 else [], [], [], UnifiedBatch(decodes, []))
             output = self._executor.execute(step_input).result()
             assert all(item.sampled.error is None for item in output.decodes)
-        return self._forward_s / self._steps, self._sampler_s / self._steps
+            self._choose_again()
+        return (self._step_s - self._native_s) / self._steps, (self._native_s + self._sampler_s) / self._steps
+
+    def _choose_again(self) -> None:
+        """What the step has just chosen natively."""
+        runner, batch = self._runner, self._executor._inputs.batch()
+        began = time.perf_counter()
+        runner._ops.argmax(runner._highest, runner._ids, runner._logits)
+        runner._ops.draw(runner._ids, runner._highest, runner._logits, batch.positions, batch.logit_rows, runner._draws)
+        self._native_s += time.perf_counter() - began
 
     def _timed(self, function: Callable[..., Any], total: str) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:
@@ -147,26 +162,26 @@ def main() -> None:
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in sets}
     for repeat, name in itertools.product(range(args.repeats), sets):
         taken[name].append(bench.run(sets[name]))
-        forward, sampler = taken[name][-1]
-        progress(f"repeat {repeat + 1} of {args.repeats}, {name}: {sampler * 1e3:.2f} ms beside {forward * 1e3:.1f} ms")
+        forward, choosing = taken[name][-1]
+        progress(f"repeat {repeat + 1} of {args.repeats}, {name}: {choosing * 1e3:.2f} ms beside {forward * 1e3:.1f} ms")
 
     shares: dict[str, Spread] = {
-        name: spread(sampler / forward for forward, sampler in times) for name, times in taken.items()
+        name: spread(choosing / forward for forward, choosing in times) for name, times in taken.items()
     }
     rows = []
     for name, times in taken.items():
-        forward_ms, sampler_ms = (spread(1e3 * time[part] for time in times) for part in (0, 1))
+        forward_ms, choosing_ms = (spread(1e3 * time[part] for time in times) for part in (0, 1))
         limit = f"{LIMITS[name]:.0%}" if name in LIMITS else ""
-        rows.append([name, sampler_ms.show(2), forward_ms.show(), f"{shares[name].median:.2%}", limit])
+        rows.append([name, choosing_ms.show(2), forward_ms.show(), f"{shares[name].median:.2%}", limit])
     print(f"Batch {args.batch}, vocabulary {config['vocab_size']}: median (low to high) of {args.repeats} repeats")
-    print(table(["sampling", "sampler ms", "forward ms", "share", "limit"], rows))
+    print(table(["sampling", "choosing ms", "forward ms", "share", "limit"], rows))
     finish(
         "sampling",
         facts,
         {"batch": args.batch, "vocab_size": config["vocab_size"], "context": CONTEXT, "steps": args.steps},
         {
             "share_of_forward": shares,
-            "sampler_ms": {name: spread(1e3 * sampler for _, sampler in times) for name, times in taken.items()},
+            "choosing_ms": {name: spread(1e3 * choosing for _, choosing in times) for name, times in taken.items()},
             "forward_ms": {name: spread(1e3 * forward for forward, _ in times) for name, times in taken.items()},
         },
     )

@@ -1,6 +1,7 @@
 """ferrum-rt as tests call it: in this process, or as one of its own."""
 
 import io
+import os
 import re
 import signal
 import subprocess
@@ -45,7 +46,7 @@ def start(*arguments: str, terminal: int = subprocess.PIPE) -> subprocess.Popen[
 
 def read_byte(process: subprocess.Popen[bytes]) -> bytes:
     assert process.stdout is not None
-    return process.stdout.read(1)
+    return os.read(process.stdout.fileno(), 1)  # what a reader of its own had taken beyond would be lost to communicate()
 
 
 def read_until(terminal: io.RawIOBase, end: bytes) -> None:

@@ -40,5 +40,11 @@ class Watch:
         return lines
 
 
+@pytest.fixture
+def unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Daemons of this test are not: it measures them, or has them name what prompts have too, such as unknown fields."""
+    monkeypatch.delenv(REPORTED_TO)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Watch(), "what was said")

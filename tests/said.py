@@ -51,6 +51,8 @@ class Said:
 
     def quotations(self) -> list[str]:
         """What was told that has words of what was said."""
+        if not self._told:
+            return []
         said = "\0".join((*self._prompts, *self._answers.values()))
         return [
             text

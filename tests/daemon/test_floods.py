@@ -17,7 +17,7 @@ from tests.daemon.test_session import ask
 from tests.fakes.daemon import daemon_process, started
 from tests.runtime.engines import until
 
-pytestmark = pytest.mark.proof
+pytestmark = [pytest.mark.proof, pytest.mark.usefixtures("unwatched")]
 
 LONG = {"model": {"max_model_len": 100_000}}
 STREAM = encode(ask("stream", "healthy", max_tokens=90_000, credit=10**6))

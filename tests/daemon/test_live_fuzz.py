@@ -417,6 +417,7 @@ async def test_a_large_attack_ends_its_connection(tmp_path: Path) -> None:
 
 
 @pytest.mark.proof
+@pytest.mark.usefixtures("unwatched")
 def test_the_long_run_in_short(tmp_path: Path) -> None:
     """tools/fuzz_daemon.py finds nothing, and says so in JSON; it has sent what it was told to, most of it hostile."""
     command = [sys.executable, "-m", "tools.fuzz_daemon", "--frames", "1500", "--corpus", str(tmp_path)]

@@ -13,7 +13,7 @@ from ferrum_rt.kernels.cpu import NativeOps
 from ferrum_rt.kernels.cpu.attention import AttentionPlan
 from ferrum_rt.kernels.cpu.program import BatchSizes, Program, Rows
 from ferrum_rt.kernels.reference import ReferenceOps
-from tests.kernels.targets import kernels_for, needed_kernels
+from tests.kernels.targets import every_target, kernels_for, needed_kernels
 from tests.kernels.test_attention import Case
 
 # Results are about 1. In float32 sums differ in their order; bfloat16 rounds weights and results (and keys and values that
@@ -175,11 +175,10 @@ def test_a_recorded_plan_reads_each_batch_anew(ops: NativeOps) -> None:
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("flags", ["-march=x86-64-v4", "-march=x86-64-v3", "-march=x86-64"])
-def test_every_instruction_set_computes_the_same(flags: str) -> None:
+@every_target
+def test_every_instruction_set_computes_the_same(target: str) -> None:
     """Built for less than this machine has, down to the portable form, it is right as well."""
-    needed_kernels()
-    opened = NativeOps(kernels_for(flags), 2)
+    opened = NativeOps(kernels_for(target), 2)
     cases = [((4, 2), 16, None, None), ((9, 1), 33, 150, 2.0), ((4, 4), 80, 5, None)]
     try:
         for dtype in BOUNDS:

@@ -14,7 +14,7 @@ from ferrum_rt.interfaces.sampler import SamplingConfig, SamplingContext, Sequen
 from ferrum_rt.kernels.cpu import NativeOps
 from ferrum_rt.kernels.cpu.ops import Draws
 from ferrum_rt.runtime.sampler import BatchSampler
-from tests.kernels.targets import kernels_for, needed_kernels
+from tests.kernels.targets import every_target, kernels_for, needed_kernels
 
 HISTORY = SequenceHistory(token_ids=[], num_prompt_tokens=0)
 NOTHING_CUT: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -155,12 +155,11 @@ def test_a_row_that_is_not_sound_is_left_alone(ops: NativeOps) -> None:
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("flags", ["-march=x86-64-v4", "-march=x86-64-v3", "-march=x86-64"])
-def test_every_instruction_set_draws_the_same(flags: str) -> None:
+@every_target
+def test_every_instruction_set_draws_the_same(target: str) -> None:
     """Built for less than this machine has the kernel draws the same tokens, but for draws between two tokens."""
-    needed_kernels()
     logits, positions = random_logits(64, 3001, torch.bfloat16, 2.0, 9), list(range(1, 65))
-    ops = NativeOps(kernels_for(flags), 2)
+    ops = NativeOps(kernels_for(target), 2)
     for cut in CUTS:
         configs = [SamplingConfig(temperature=0.8, seed=row, **{**NOTHING_CUT, **cut}) for row in range(64)]
         found = draw(ops, logits, configs, positions)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ferrum_rt.kernels.cpu import NativeOps
 from ferrum_rt.kernels.cpu.program import KINDS, BatchSizes, Kind, Program, Rows
-from tests.kernels.targets import kernels_for, needed_kernels
+from tests.kernels.targets import every_target, kernels_for, needed_kernels
 
 # Of the largest output: some roundings to the type, of numbers that may cancel each other.
 BOUNDS = {torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
@@ -201,11 +201,10 @@ def test_each_batch_size_has_its_name(ops: NativeOps) -> None:
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("flags", ["-march=x86-64-v4", "-march=x86-64-v3", "-march=x86-64"])
-def test_every_instruction_set_computes_the_same(flags: str) -> None:
+@every_target
+def test_every_instruction_set_computes_the_same(target: str) -> None:
     """Built for less than this machine has, down to the portable form, it is right as well."""
-    needed_kernels()
-    opened = NativeOps(kernels_for(flags), 2)
+    opened = NativeOps(kernels_for(target), 2)
     try:
         for dtype in BOUNDS:
             for is_int8 in (False, True):

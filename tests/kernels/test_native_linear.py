@@ -13,7 +13,7 @@ from torch import Tensor
 from ferrum_rt.kernels.cpu import NativeOps, load_kernels
 from ferrum_rt.kernels.cpu.program import Kind
 from ferrum_rt.kernels.reference import ReferenceOps
-from tests.kernels.targets import kernels_for, needed_kernels
+from tests.kernels.targets import every_target, kernels_for, needed_kernels
 
 # Of the largest output: one rounding to the type, and for float32 the order of adding up.
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -153,12 +153,11 @@ def test_a_cache_that_others_may_write_to_is_not_used(
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize(("flags", "lanes"), [("-march=x86-64-v3", 8), ("-march=x86-64", 4), ("-march=x86-64-v4", 16)])
-def test_every_instruction_set_computes_the_same(flags: str, lanes: int) -> None:
+@every_target
+def test_every_instruction_set_computes_the_same(target: str) -> None:
     """Built for less than this machine has, down to the portable form, it is right as well."""
-    needed_kernels()
-    kernels = kernels_for(flags)
-    assert kernels.lanes == lanes
+    kernels = kernels_for(target)
+    assert kernels.lanes == {"x86-64-v4": 16, "x86-64-v3": 8, "x86-64": 4}[target]
     opened = NativeOps(kernels, 2)
     try:
         for dtype in BOUNDS:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ferrum_rt.kernels.cpu import NativeOps
 from ferrum_rt.kernels.cpu.program import BatchSizes, Program, Rows
 from ferrum_rt.kernels.sampling import argmax
-from tests.kernels.targets import kernels_for, needed_kernels
+from tests.kernels.targets import every_target, kernels_for, needed_kernels
 
 # One rounding to the type; float32 is computed in itself.
 BOUNDS = {torch.float32: 4e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -313,11 +313,10 @@ def test_sampled_rows_are_recorded_apart(ops: NativeOps) -> None:
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("flags", ["-march=x86-64-v4", "-march=x86-64-v3", "-march=x86-64"])
-def test_every_instruction_set_computes_the_same(flags: str) -> None:
+@every_target
+def test_every_instruction_set_computes_the_same(target: str) -> None:
     """Built for less than this machine has, down to the portable form, it is right as well."""
-    needed_kernels()
-    opened = NativeOps(kernels_for(flags), 2)
+    opened = NativeOps(kernels_for(target), 2)
     try:
         for dtype in BOUNDS:
             for seed, (rows, width) in enumerate([(1, 64), (7, 33), (40, 300), (3, 5)]):

@@ -28,7 +28,7 @@ class TorchCpuOps(ReferenceOps):
         """Its threads are torch's."""
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None, *, is_int8: bool = False) -> Any:
-        if is_int8 or weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        if is_int8 or weight.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return super().pack_linear(weight, bias, is_int8=is_int8)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)
         return _OneDnnLinear(packed, bias, weight.shape[0])
