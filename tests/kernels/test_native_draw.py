@@ -29,6 +29,7 @@ CUTS: list[dict[str, Any]] = [
     {"top_p": 1e-9},
     {"min_p": 0.02},
     {"min_p": 1e-7},
+    {"min_p": 1.0},
     {"top_k": 50, "top_p": 0.8, "min_p": 0.01},
     {"top_p": 0.95, "min_p": 0.001},
 ]

@@ -1,6 +1,7 @@
 // Draws tokens from rows of logits, as kernels/sampling.py says: one uniform number for each (seed, position, sample) inverts the
 // cumulative weights. In the order of ids where the whole vocabulary is in play, else of logits; of equal ones the lower id first.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <functional>
 #include <vector>
@@ -43,6 +44,14 @@ struct Candidate {
 constexpr int64_t kBlock = 128;
 static_assert(kBlock % kLanes == 0);
 
+// Weights, which are 1 at most, by their exponent and the first five bits behind it; the heaviest first.
+constexpr int kBinShift = 18;
+constexpr int64_t kBins = (std::bit_cast<uint32_t>(1.0f) >> kBinShift) + 1;
+
+int64_t bin_of(float weight) { return std::max<int64_t>(0, kBins - 1 - (std::bit_cast<uint32_t>(weight) >> kBinShift)); }
+
+float lightest_of(int64_t bin) { return std::bit_cast<float>(static_cast<uint32_t>(kBins - 1 - bin) << kBinShift); }
+
 // SplitMix64's finalizer (Steele et al., OOPSLA 2014).
 uint64_t mix(uint64_t x) {
   x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -79,6 +88,7 @@ int64_t invert(int64_t size, double target, Weight weight, double* before = null
 struct Work {
   std::vector<float> weights;  // of a row, with zeros up to a whole block
   std::vector<float> blocks;   // a number for each block
+  std::vector<double> bins;    // the weights in each
   std::vector<Candidate> candidates;
 };
 
@@ -98,8 +108,7 @@ class Row {
     }
     const double total = weigh_all();
     if (cut_.top_k <= 0 && cut_.top_p >= 1 && cut_.min_p <= 0) return draw_from_all(total);
-    find_heavy(total);
-    return draw_candidate(total);
+    return draw_heavy(total);
   }
 
  private:
@@ -164,36 +173,73 @@ class Row {
     found.resize(count);
   }
 
-  // As many of the heaviest as can be left, in their order: few of a vocabulary carry most of its weight.
-  void find_heavy(double total) {
+  // Of the heaviest that top_p and min_p leave. They are added up in bins of like weights, of which two are put in order: the one
+  // where the cut is, and the one that is drawn from.
+  int64_t draw_heavy(double total) {
+    const double enough = enough_of(total);
+    const float least = fill_bins(enough);
+    auto& bins = work_.bins;
+    double left = 0.0;
+    int64_t last = 0;
+    while (last < kBins - 1 && left + bins[last] < enough) left += bins[last++];
+    order_bin(last, least);
+    auto& found = work_.candidates;
+    double part = 0.0;
+    size_t count = 0;
+    while (count < found.size() && left + part < enough) part += found[count++].weight;
+    found.resize(count);
+    bins[last] = part;
+    left += part;
+
+    const double target = draw_ * left;
+    double before = 0.0;
+    const int64_t bin = invert(last + 1, target, [&](int64_t at) { return bins[at]; }, &before);
+    if (bin != last) order_bin(bin, least);
+    return invert_candidates(target - before);
+  }
+
+  // With the weights that are heavy enough to be left: few of a vocabulary carry most of its weight. The least of them.
+  float fill_bins(double enough) {
     constexpr float kStep = 1.0f / 64;
     const auto min_p = static_cast<float>(cut_.min_p);
-    const double enough = enough_of(total);
-    for (float least = kStep;; least = least > 1e-30f ? least * kStep : 0.0f) {
-      const double mass = collect(std::max(least, min_p));
-      if (least <= min_p || mass >= enough) break;
+    for (float step = kStep;; step = step > 1e-30f ? step * kStep : 0.0f) {
+      const float least = std::max(step, min_p);
+      work_.bins.assign(kBins, 0.0);
+      double mass = 0.0;
+      for_heavier(least, [&](int64_t, float weight) {
+        work_.bins[bin_of(weight)] += weight;
+        mass += weight;
+      });
+      if (step <= min_p || mass >= enough) return least;
     }
+  }
+
+  void order_bin(int64_t bin, float least) {
+    work_.candidates.clear();
+    for_heavier(std::max(least, lightest_of(bin)), [&](int64_t id, float weight) {
+      if (bin_of(weight) == bin) work_.candidates.push_back({load(x_ + id, 1)[0], weight, id});
+    });
     std::sort(work_.candidates.begin(), work_.candidates.end());
+  }
+
+  template <class Visit>
+  void for_heavier(float least, Visit visit) const {
+    const float* weights = work_.weights.data();
+    for (int64_t at = 0; at < static_cast<int64_t>(work_.weights.size()); at += kLanes) {
+      if (highest(load(weights + at)) < least) continue;
+      for (int64_t id = at; id < at + kLanes; ++id)
+        if (weights[id] >= least && weights[id] > 0) visit(id, weights[id]);
+    }
   }
 
   double enough_of(double total) const { return cut_.top_p < 1 ? cut_.top_p * total : INFINITY; }
 
-  double collect(float least) {
-    work_.candidates.clear();
-    double mass = 0.0;
-    const float* weights = work_.weights.data();
-    for (int64_t at = 0; at < static_cast<int64_t>(work_.weights.size()); at += kLanes) {
-      if (highest(load(weights + at)) < least) continue;
-      for (int64_t id = at; id < std::min<int64_t>(at + kLanes, width_); ++id) {
-        if (weights[id] < least || weights[id] <= 0) continue;
-        work_.candidates.push_back({load(x_ + id, 1)[0], weights[id], id});
-        mass += weights[id];
-      }
-    }
-    return mass;
+  int64_t invert_candidates(double target) const {
+    const auto& found = work_.candidates;
+    return found[invert(found.size(), target, [&](int64_t at) { return double{found[at].weight}; })].id;
   }
 
-  int64_t draw_candidate(double total) const {
+  int64_t draw_candidate(double total) {
     const auto& found = work_.candidates;
     const double enough = enough_of(total);
     double left = 0.0;
@@ -203,8 +249,8 @@ class Row {
       if (count > 0 && (left >= enough || weight < static_cast<float>(cut_.min_p) || weight <= 0)) break;
       left += weight;
     }
-    const auto weight_at = [&](int64_t at) { return double{found[at].weight}; };
-    return found[invert(static_cast<int64_t>(count), draw_ * left, weight_at)].id;
+    work_.candidates.resize(count);
+    return invert_candidates(draw_ * left);
   }
 
   const T* const x_;
