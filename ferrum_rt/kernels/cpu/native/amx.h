@@ -48,7 +48,7 @@ void multiply_tiles(const uint32_t* x, int64_t x_stride, const uint32_t* weight)
 // As `tile` does it. The tiles are the thread's only from here to the end: nobody else need know of them.
 template <class Dot, int kRows>
 void amx_tile(const uint32_t* x, int64_t x_stride, const uint32_t* weight, int64_t granules, Ahead ahead,
-              typename Dot::Accumulator (&sums)[kMaxRows][kVectors]) {
+              typename Dot::Accumulator (&sums)[kMaxRows<Dot>][kVectors]) {
   static_assert(kRows <= 16 && kColumns == kPanel && sizeof(sums[0][0]) == 64);
   static constexpr TileShapes shapes{1, 0, {}, {64, 64, 64, 64, 64}, {kRows, kRows, kRows, 16, 16}};
   _tile_loadconfig(&shapes);

@@ -225,10 +225,7 @@ void multiply_few(const uint32_t* x, int64_t stride, Range rows, Factor factor, 
   for (int part = 0; part < kPanel; part += kVectors * kLanes) {
     typename Dot::Accumulator sums[kRows][kVectors]{};
     factor.each(part, [&](int64_t granule, const U32(&lines)[kVectors]) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sums[r][v] = Dot::add(sums[r][v], from[r][granule], lines[v]);
+      add_granules<Dot>(sums, [&](int r) { return from[r][granule]; }, lines);
     });
     for (int r = 0; r < rows.end - rows.first; ++r)
       for (int v = 0; v < kVectors; ++v) write(rows.first + r, part + v * kLanes, sums[r][v]);
@@ -250,11 +247,11 @@ void multiply(const uint32_t* x, int64_t stride, Range rows, Factor factor, int6
     factor.each(part, [&](int64_t granule, const U32(&lines)[Factor::kVectors]) __attribute__((always_inline)) {
       std::memcpy(panel + granule * kPanel + part, lines, sizeof(lines));
     });
-  for (int64_t tiles = ceil_div(rows.end - rows.first, kMaxRows); tiles > 0; --tiles) {
+  for (int64_t tiles = ceil_div(rows.end - rows.first, kMaxRows<Dot>); tiles > 0; --tiles) {
     const int height = static_cast<int>(ceil_div(rows.end - row, tiles));
     const auto compute = tile_of<Dot>(height);
     for (int part = 0; part < kPanel; part += kColumns) {
-      typename Dot::Accumulator sums[kMaxRows][kVectors];
+      typename Dot::Accumulator sums[kMaxRows<Dot>][kVectors];
       compute(x + row * stride, stride, panel + part, granules, {nullptr, 0}, sums);
       for (int r = 0; r < height; ++r)
         for (int v = 0; v < kVectors; ++v) write(row + r, part + v * kLanes, sums[r][v]);

@@ -20,18 +20,18 @@ template <class Dot, class T>
 void panel(const LinearArguments& a, int64_t rows, int64_t first_row, int64_t index) {
   const auto* weight = a.weight + index * a.granules * kPanel;
   const auto* next = reinterpret_cast<const char*>(weight + a.granules * kPanel);
-  const int64_t passes = ceil_div(rows, kMaxRows) * (kPanel / kColumns);
+  const int64_t passes = ceil_div(rows, kMaxRows<Dot>) * (kPanel / kColumns);
   // The next panel comes into the second-level cache, evenly over all the passes over this one.
   const int64_t blocks = ceil_div(a.granules, kStride);
   const auto lines = static_cast<int>(ceil_div(2 * kStride, passes));
   int64_t pass = 0;
-  for (int64_t row = 0, tiles = ceil_div(rows, kMaxRows); tiles > 0; --tiles) {
+  for (int64_t row = 0, tiles = ceil_div(rows, kMaxRows<Dot>); tiles > 0; --tiles) {
     const int height = static_cast<int>(ceil_div(rows - row, tiles));  // tiles of like height
     const auto compute = tile_of<Dot>(height);
     for (int part = 0; part < kPanel; part += kColumns, ++pass) {
       const int64_t column = index * kPanel + part;
       if (column >= a.width) break;
-      typename Dot::Accumulator sums[kMaxRows][kVectors];
+      typename Dot::Accumulator sums[kMaxRows<Dot>][kVectors];
       compute(a.x + (first_row + row) * a.x_stride, a.x_stride, weight + part, a.granules,
               {next + pass * blocks * lines * 64, pass * blocks * lines < 2 * a.granules ? lines : 0}, sums);
       for (int r = 0; r < height; ++r) {

@@ -10,7 +10,7 @@
 
 namespace ferrum {
 
-inline constexpr int64_t kLinearRows = 20 * kMaxRows;
+inline constexpr int64_t kLinearRows = 20 * kMaxRows<DotFloat32>;
 
 // What the granules hold, as the Python side numbers them.
 enum class Kind : int64_t { kFloat32, kBfloat16, kFloat16, kInt8 };

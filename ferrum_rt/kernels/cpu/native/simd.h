@@ -33,6 +33,9 @@ using I32 = int32_t __attribute__((vector_size(kLanes * 4)));
 using U32 = uint32_t __attribute__((vector_size(kLanes * 4)));
 using U16 = uint16_t __attribute__((vector_size(kLanes * 2)));
 using U8 = uint8_t __attribute__((vector_size(kLanes)));
+// Two in each lane.
+using I16Pairs = int16_t __attribute__((vector_size(kLanes * 4)));
+using U16Pairs = uint16_t __attribute__((vector_size(kLanes * 4)));
 
 template <class Vector, class Scalar>
 inline Vector splat(Scalar value) {
@@ -46,6 +49,31 @@ inline To bits(From value) {
   std::memcpy(&result, &value, sizeof(To));
   return result;
 }
+
+// In all lanes. As it is told to the compilers, what comes next is done with the vector: with `splat` they do it before, which
+// takes two more instructions where the value comes from memory.
+inline U32 broadcast(uint32_t value) {
+#if defined(FERRUM_AVX512)
+  return bits<U32>(_mm512_set1_epi32(static_cast<int>(value)));
+#elif defined(FERRUM_AVX2)
+  return bits<U32>(_mm256_set1_epi32(static_cast<int>(value)));
+#else
+  return splat<U32>(value);
+#endif
+}
+
+#if defined(__x86_64__)
+// The sum of the products of a lane's two signed numbers of 16 bits.
+inline I32 multiply_pairs(U32 a, U32 b) {
+#if defined(FERRUM_AVX512)
+  return bits<I32>(_mm512_madd_epi16(bits<__m512i>(a), bits<__m512i>(b)));
+#elif defined(FERRUM_AVX2)
+  return bits<I32>(_mm256_madd_epi16(bits<__m256i>(a), bits<__m256i>(b)));
+#else
+  return bits<I32>(_mm_madd_epi16(bits<__m128i>(a), bits<__m128i>(b)));
+#endif
+}
+#endif
 
 template <class Vector>
 inline Vector load_raw(const void* from) {
@@ -187,12 +215,18 @@ inline U32 round_to_bf16(F32 x) {
 
 // A half's magnitude, shifted to where a float has its own, is too small by 2^112, denormals included.
 inline F32 to_f32(U32 halves, F16) {
+#if defined(FERRUM_AVX512)
+  return bits<F32>(_mm512_cvtph_ps(bits<__m256i>(narrow(halves))));
+#elif defined(FERRUM_AVX2)
+  return bits<F32>(_mm256_cvtph_ps(bits<__m128i>(narrow(halves))));
+#else
   U32 sign = (halves & 0x8000u) << 16;
   U32 magnitude = (halves & 0x7FFFu) << 13;
   F32 value = bits<F32>(magnitude) * 0x1p112f;
   I32 is_special = bits<I32>(halves & 0x7C00u) == 0x7C00;
   value = choose(is_special, bits<F32>(magnitude | 0x7F800000u), value);
   return bits<F32>(bits<U32>(value) | sign);
+#endif
 }
 
 inline U32 round_to_f16(F32 x) {

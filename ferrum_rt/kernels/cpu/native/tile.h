@@ -9,67 +9,104 @@
 
 namespace ferrum {
 
-inline constexpr int kPanel = 32;  // outputs
+inline constexpr int kPanel = 32;                   // outputs
+inline constexpr int kVectors = 2;                  // of a panel at a time
+inline constexpr int kColumns = kVectors * kLanes;  // that is, so many outputs
 
-#if defined(FERRUM_AVX512)
-inline constexpr int kMaxRows = 14;  // 28 accumulators, 2 vectors of weights and one of x: 31 of 32 registers
-#elif defined(FERRUM_AVX2)
-inline constexpr int kMaxRows = 6;
-#else
-inline constexpr int kMaxRows = 6;
-#endif
-inline constexpr int kVectors = 2;                    // of a panel at a time
-inline constexpr int kColumns = kVectors * kLanes;    // that is, so many outputs
+// -- what granules add to an accumulator -----------------------------------------------------------------------------------
 
-// -- what a granule adds to an accumulator ---------------------------------------------------------------------------------
+// Granules of x, the same in all lanes, and of weights are taken apart into `kParts` factors, whose products are added up.
 
 struct DotFloat32 {
   using Accumulator = F32;
-  static F32 add(F32 sum, uint32_t x, U32 weight) { return multiply_add(bits<F32>(splat<U32>(x)), bits<F32>(weight), sum); }
+  static constexpr int kParts = 1;
+  static F32 of_x(U32 granule, int) { return bits<F32>(granule); }
+  static F32 of_weight(U32 granules, int) { return bits<F32>(granules); }
+  static F32 add(F32 sum, F32 x, F32 weight) { return multiply_add(x, weight, sum); }
 };
 
 struct DotBfloat16 {
   using Accumulator = F32;
-  static F32 add(F32 sum, uint32_t x, U32 weight) {
 #if defined(FERRUM_AVX512) && defined(__AVX512BF16__)
-    return bits<F32>(_mm512_dpbf16_ps(bits<__m512>(sum), bits<__m512bh>(splat<U32>(x)), bits<__m512bh>(weight)));
+  static constexpr int kParts = 1;
+  static __m512bh of_x(U32 granule, int) { return bits<__m512bh>(granule); }
+  static __m512bh of_weight(U32 granules, int) { return bits<__m512bh>(granules); }
+  static F32 add(F32 sum, __m512bh x, __m512bh weight) { return bits<F32>(_mm512_dpbf16_ps(bits<__m512>(sum), x, weight)); }
 #else
-    sum = multiply_add(bits<F32>(splat<U32>(x << 16)), bits<F32>(weight << 16), sum);
-    return multiply_add(bits<F32>(splat<U32>(x & 0xFFFF0000u)), bits<F32>(weight & 0xFFFF0000u), sum);
+  static constexpr int kParts = 2;
+  static F32 of_x(U32 granule, int part) { return bits<F32>(part == 0 ? granule << 16 : granule & 0xFFFF0000u); }
+  static F32 of_weight(U32 granules, int part) { return of_x(granules, part); }
+  static F32 add(F32 sum, F32 x, F32 weight) { return multiply_add(x, weight, sum); }
 #endif
-  }
 };
 
 struct DotFloat16 {
   using Accumulator = F32;
-  static F32 add(F32 sum, uint32_t x, U32 weight) {
-    U32 both = splat<U32>(x);
-    sum = multiply_add(to_f32(both & 0xFFFFu, F16{}), to_f32(weight & 0xFFFFu, F16{}), sum);
-    return multiply_add(to_f32(both >> 16, F16{}), to_f32(weight >> 16, F16{}), sum);
-  }
+  static constexpr int kParts = 2;
+  static F32 of_x(U32 granule, int part) { return to_f32(part == 0 ? granule & 0xFFFFu : granule >> 16, F16{}); }
+  static F32 of_weight(U32 granules, int part) { return of_x(granules, part); }
+  static F32 add(F32 sum, F32 x, F32 weight) { return multiply_add(x, weight, sum); }
 };
 
 // Bytes of x are unsigned (the value plus 128), those of the weights signed, as vpdpbusd has them.
 struct DotInt8 {
   using Accumulator = I32;
-  static I32 add(I32 sum, uint32_t x, U32 weight) {
 #if defined(FERRUM_AVX512) && defined(__AVX512VNNI__)
-    return bits<I32>(_mm512_dpbusd_epi32(bits<__m512i>(sum), bits<__m512i>(splat<U32>(x)), bits<__m512i>(weight)));
-#elif defined(FERRUM_AVX2)
-    // Bytes as pairs of 16 bits: the even ones, then the odd ones.
-    __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(bits<__m256i>(weight), 8), 8);
-    __m256i odd = _mm256_srai_epi16(bits<__m256i>(weight), 8);
-    sum += bits<I32>(_mm256_madd_epi16(bits<__m256i>(splat<U32>(x & 0x00FF00FFu)), even));
-    return sum + bits<I32>(_mm256_madd_epi16(bits<__m256i>(splat<U32>((x >> 8) & 0x00FF00FFu)), odd));
-#else
-    for (int byte = 0; byte < 4; ++byte) {
-      I32 value = bits<I32>(weight << (24 - 8 * byte)) >> 24;
-      sum += value * static_cast<int32_t>((x >> (8 * byte)) & 0xFFu);
-    }
-    return sum;
-#endif
+  static constexpr int kParts = 1;
+  static __m512i of_x(U32 granule, int) { return bits<__m512i>(granule); }
+  static __m512i of_weight(U32 granules, int) { return bits<__m512i>(granules); }
+  static I32 add(I32 sum, __m512i x, __m512i weight) { return bits<I32>(_mm512_dpbusd_epi32(bits<__m512i>(sum), x, weight)); }
+#elif defined(__AVXVNNI__)
+  static constexpr int kParts = 1;
+  static __m256i of_x(U32 granule, int) { return bits<__m256i>(granule); }
+  static __m256i of_weight(U32 granules, int) { return bits<__m256i>(granules); }
+  static I32 add(I32 sum, __m256i x, __m256i weight) { return bits<I32>(_mm256_dpbusd_avx_epi32(bits<__m256i>(sum), x, weight)); }
+#elif defined(__x86_64__)
+  // Bytes as pairs of 16 bits: the even ones, then the odd ones.
+  static constexpr int kParts = 2;
+  static U32 of_x(U32 granule, int part) {
+    return part == 0 ? granule & 0x00FF00FFu : bits<U32>(bits<U16Pairs>(granule) >> 8);
   }
+  static U32 of_weight(U32 granules, int part) {
+    const auto pairs = bits<I16Pairs>(granules);
+    return bits<U32>((part == 0 ? pairs << 8 : pairs) >> 8);
+  }
+  static I32 add(I32 sum, U32 x, U32 weight) { return sum + multiply_pairs(x, weight); }
+#else
+  static constexpr int kParts = 4;
+  static I32 of_x(U32 granule, int part) { return bits<I32>(granule >> (8 * part) & 0xFFu); }
+  static I32 of_weight(U32 granules, int part) { return bits<I32>(granules << (24 - 8 * part)) >> 24; }
+  static I32 add(I32 sum, I32 x, I32 weight) { return sum + x * weight; }
+#endif
 };
+
+// Rows of a tile, as many as the registers allow: each has an accumulator for every vector, and beside these are the weights'
+// factors, one of x, and where there are parts the granule it is of and a constant.
+#if defined(FERRUM_AVX512) || !defined(__x86_64__)
+inline constexpr int kRegisters = 32;
+#else
+inline constexpr int kRegisters = 16;
+#endif
+template <class Dot>
+inline constexpr int kMaxRows = (kRegisters - kVectors * Dot::kParts - (Dot::kParts > 1 ? 3 : 1)) / kVectors;
+
+// To each of `kRows` rows of sums the products of its granule `x(row)` with those of the weights.
+template <class Dot, int kRows, int kWide, class X>
+inline void add_granules(typename Dot::Accumulator (&sums)[kRows][kWide], X x, const U32 (&granules)[kWide]) {
+  decltype(Dot::of_weight(granules[0], 0)) weights[Dot::kParts][kWide];
+  for (int part = 0; part < Dot::kParts; ++part)
+    for (int v = 0; v < kWide; ++v) weights[part][v] = Dot::of_weight(granules[v], part);
+#pragma GCC unroll 16
+  for (int row = 0; row < kRows; ++row) {
+    const auto granule = broadcast(x(row));
+#pragma GCC unroll 4
+    for (int part = 0; part < Dot::kParts; ++part) {
+      const auto factor = Dot::of_x(granule, part);
+#pragma GCC unroll 2
+      for (int v = 0; v < kWide; ++v) sums[row][v] = Dot::add(sums[row][v], factor, weights[part][v]);
+    }
+  }
+}
 
 // -- a tile: some rows by some columns of a panel --------------------------------------------------------------------------
 
@@ -82,7 +119,7 @@ inline constexpr int kStride = 16;
 
 template <class Dot, int kRows>
 void tile(const uint32_t* x, int64_t x_stride, const uint32_t* weight, int64_t granules, Ahead ahead,
-          typename Dot::Accumulator (&sums)[kMaxRows][kVectors]) {
+          typename Dot::Accumulator (&sums)[kMaxRows<Dot>][kVectors]) {
   typename Dot::Accumulator local[kRows][kVectors]{};
   for (int64_t begin = 0; begin < granules; begin += kStride) {
     for (int line = 0; line < ahead.lines; ++line) __builtin_prefetch(ahead.from + line * 64, 0, 2);
@@ -91,12 +128,7 @@ void tile(const uint32_t* x, int64_t x_stride, const uint32_t* weight, int64_t g
     for (int64_t k = begin; k < end; ++k) {
       U32 w[kVectors];
       for (int v = 0; v < kVectors; ++v) w[v] = load_raw<U32>(weight + k * kPanel + v * kLanes);
-#pragma GCC unroll 16
-      for (int row = 0; row < kRows; ++row) {
-        const uint32_t value = x[row * x_stride + k];
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) local[row][v] = Dot::add(local[row][v], value, w[v]);
-      }
+      add_granules<Dot>(local, [&](int row) { return x[row * x_stride + k]; }, w);
     }
   }
   for (int row = 0; row < kRows; ++row)
@@ -105,7 +137,7 @@ void tile(const uint32_t* x, int64_t x_stride, const uint32_t* weight, int64_t g
 
 template <class Dot>
 using Tile = void (*)(const uint32_t* x, int64_t x_stride, const uint32_t* weight, int64_t granules, Ahead,
-                      typename Dot::Accumulator (&)[kMaxRows][kVectors]);
+                      typename Dot::Accumulator (&)[kMaxRows<Dot>][kVectors]);
 
 template <class Dot, int... kRows>
 Tile<Dot> tile_of(int rows, std::integer_sequence<int, kRows...>) {
@@ -119,15 +151,15 @@ Tile<Dot> tile_of(int rows, std::integer_sequence<int, kRows...>) {
 
 namespace ferrum {
 
-// For 1 to kMaxRows rows.
+// For 1 to kMaxRows<Dot> rows.
 template <class Dot>
 Tile<Dot> tile_of(int rows) {
 #if defined(FERRUM_AMX)
   if constexpr (kHasAmx<Dot>) {
-    if (amx_is_allowed()) return amx_tile_of<Dot>(rows, std::make_integer_sequence<int, kMaxRows>{});
+    if (amx_is_allowed()) return amx_tile_of<Dot>(rows, std::make_integer_sequence<int, kMaxRows<Dot>>{});
   }
 #endif
-  return tile_of<Dot>(rows, std::make_integer_sequence<int, kMaxRows>{});
+  return tile_of<Dot>(rows, std::make_integer_sequence<int, kMaxRows<Dot>>{});
 }
 
 }  // namespace ferrum
