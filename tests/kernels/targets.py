@@ -1,8 +1,12 @@
 """The native kernels, for this machine and for other instruction sets."""
 
+from pathlib import Path
+
 import pytest
 
 from ferrum_rt.kernels.cpu.build import TARGETS, Kernels, _cache_directory, _processor, build, load_kernels
+
+EMULATED_AVX512 = Path(__file__).parent / "emulated_avx512.h"
 
 every_target = pytest.mark.parametrize("target", ["x86-64-v4", "x86-64-v3", "x86-64"])
 
@@ -16,9 +20,13 @@ def needed_kernels() -> Kernels:
 
 
 def kernels_for(target: str) -> Kernels:
-    """Compiled once, into the user's cache, where the other modules' tests find them; the test is skipped where they could
-    not run, or not be compiled."""
+    """Compiled once, into the user's cache, where the other modules' tests find them. AVX-512 is emulated by a machine that
+    has AVX2 alone; what could not run here, or not be compiled, is skipped."""
     needed_kernels()
-    if missing := TARGETS[target].needs - set(_processor().get("flags", "").split()):
+    flags, features = TARGETS[target].flags, set(_processor().get("flags", "").split())
+    if target == "x86-64-v4" and not TARGETS[target].needs <= features:
+        target = "x86-64-v3"
+        flags = (*TARGETS[target].flags, "-include", str(EMULATED_AVX512))
+    if missing := TARGETS[target].needs - features:
         pytest.skip(f"this machine has no {', '.join(sorted(missing))}")
-    return Kernels(build(_cache_directory(), TARGETS[target].flags))
+    return Kernels(build(_cache_directory(), flags))

@@ -213,21 +213,23 @@ inline U32 round_to_bf16(F32 x) {
   return bits<U32>((bits<I32>(rounded) & ~is_nan) | (is_nan & 0x7FC0));
 }
 
-// A half's magnitude, shifted to where a float has its own, is too small by 2^112, denormals included.
-inline F32 to_f32(U32 halves, F16) {
+inline F32 to_f32(U16 halves, F16) {
 #if defined(FERRUM_AVX512)
-  return bits<F32>(_mm512_cvtph_ps(bits<__m256i>(narrow(halves))));
+  return bits<F32>(_mm512_maskz_cvtph_ps(0xFFFF, bits<__m256i>(halves)));
 #elif defined(FERRUM_AVX2)
-  return bits<F32>(_mm256_cvtph_ps(bits<__m128i>(narrow(halves))));
+  return bits<F32>(_mm256_cvtph_ps(bits<__m128i>(halves)));
 #else
-  U32 sign = (halves & 0x8000u) << 16;
-  U32 magnitude = (halves & 0x7FFFu) << 13;
+  // A half's magnitude, shifted to where a float has its own, is too small by 2^112, denormals included.
+  const U32 wide = widen(halves);
+  U32 sign = (wide & 0x8000u) << 16;
+  U32 magnitude = (wide & 0x7FFFu) << 13;
   F32 value = bits<F32>(magnitude) * 0x1p112f;
-  I32 is_special = bits<I32>(halves & 0x7C00u) == 0x7C00;
+  I32 is_special = bits<I32>(wide & 0x7C00u) == 0x7C00;
   value = choose(is_special, bits<F32>(magnitude | 0x7F800000u), value);
   return bits<F32>(bits<U32>(value) | sign);
 #endif
 }
+inline F32 to_f32(U32 halves, F16) { return to_f32(narrow(halves), F16{}); }
 
 inline U32 round_to_f16(F32 x) {
   U32 raw = bits<U32>(x);
@@ -344,10 +346,8 @@ inline F32 load(const float* from) { return load_raw<F32>(from); }
 inline F32 load(const float* from, int count) { return load_raw<F32>(from, count); }
 inline void store(float* to, F32 x, int count = kLanes) { std::memcpy(to, &x, count * sizeof(float)); }
 
-template <class T>
-inline F32 load_halves(const T* from, int count) {
-  U16 raw = count == kLanes ? load_raw<U16>(from) : load_raw<U16>(from, count);
-  return to_f32(widen(raw), T{});
+inline U16 load_halves(const void* from, int count) {
+  return count == kLanes ? load_raw<U16>(from) : load_raw<U16>(from, count);
 }
 
 inline void store_halves(void* to, U32 x, int count) {
@@ -358,7 +358,7 @@ inline void store_halves(void* to, U32 x, int count) {
     std::memcpy(to, &raw, count * 2);
 }
 
-inline F32 load(const Bf16* from, int count = kLanes) { return load_halves(from, count); }
+inline F32 load(const Bf16* from, int count = kLanes) { return to_f32(widen(load_halves(from, count)), Bf16{}); }
 
 inline void store(Bf16* to, F32 x, int count = kLanes) {
 #if defined(FERRUM_AVX512) && defined(__AVX512BF16__)
@@ -371,14 +371,7 @@ inline void store(Bf16* to, F32 x, int count = kLanes) {
   store_halves(to, round_to_bf16(x), count);
 }
 
-inline F32 load(const F16* from, int count = kLanes) {
-#if defined(FERRUM_AVX512)
-  if (count == kLanes) return bits<F32>(_mm512_maskz_cvtph_ps(0xFFFF, load_raw<__m256i>(from)));
-#elif defined(FERRUM_AVX2)
-  if (count == kLanes) return bits<F32>(_mm256_cvtph_ps(load_raw<__m128i>(from)));
-#endif
-  return load_halves(from, count);
-}
+inline F32 load(const F16* from, int count = kLanes) { return to_f32(load_halves(from, count), F16{}); }
 
 inline void store(F16* to, F32 x, int count = kLanes) {
 #if defined(FERRUM_AVX512)
