@@ -1,5 +1,6 @@
 """The native kernels, for this machine and for other instruction sets."""
 
+import zlib
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,14 @@ def needed_kernels() -> Kernels:
     return kernels
 
 
-def kernels_for(target: str) -> Kernels:
+def kernels_for(target: str, *, may_emulate: bool = True) -> Kernels:
     """Compiled once, into the user's cache, where the other modules' tests find them. AVX-512 is emulated by a machine that
     has AVX2 alone; what could not run here, or not be compiled, is skipped."""
     needed_kernels()
     flags, features = TARGETS[target].flags, set(_processor().get("flags", "").split())
-    if target == "x86-64-v4" and not TARGETS[target].needs <= features:
-        target = "x86-64-v3"
-        flags = (*TARGETS[target].flags, "-include", str(EMULATED_AVX512))
+    if target == "x86-64-v4" and not TARGETS[target].needs <= features and may_emulate:
+        target, version = "x86-64-v3", zlib.crc32(EMULATED_AVX512.read_bytes())
+        flags = (*TARGETS[target].flags, "-include", str(EMULATED_AVX512), f"-DEMULATION={version}")
     if missing := TARGETS[target].needs - features:
         pytest.skip(f"this machine has no {', '.join(sorted(missing))}")
     return Kernels(build(_cache_directory(), flags))

@@ -4,7 +4,7 @@
 // Part of tile.h.
 #pragma once
 
-#if defined(FERRUM_AVX512) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
+#if defined(FERRUM_AVX512) && defined(__AVX512BF16__) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
 #define FERRUM_AMX 1
 
 #include <sys/syscall.h>

@@ -151,12 +151,13 @@ class Attention {
         head_(head),
         rows_(item.count * a.shared),
         granules_(ceil_div(a.dim, G::kEach)),
+        q_words_(granules_ * G::Dot::kXWords),
         width_(ceil_div(a.dim, kPanel) * kPanel),
         scale_(static_cast<float>(a.soft_cap > 0 ? a.scale / a.soft_cap : a.scale * kLog2e)),
         cap_(static_cast<float>(a.soft_cap * kLog2e)) {
     const int64_t panel = std::max(granules_, kKeys) * kPanel;
-    scratch.reset(4 * (rows_ * (granules_ + width_ + 2 * kKeys + kLanes + 2) + panel) + 64 * 8);
-    q_ = scratch.take<uint32_t>(rows_ * granules_);
+    scratch.reset(4 * (rows_ * (q_words_ + width_ + 2 * kKeys + kLanes + 2) + panel) + 64 * 8);
+    q_ = scratch.take<uint32_t>(rows_ * q_words_);
     panel_ = scratch.take<uint32_t>(panel);
     scores_ = scratch.take<float>(rows_ * kKeys);
     weights_ = scratch.take<typename G::Element>(rows_ * kKeys);
@@ -195,6 +196,7 @@ class Attention {
 
   static constexpr bool kIsScaled = std::is_same_v<Page, int8_t>;
   static constexpr int kVectors = kKeys / kLanes;
+  static constexpr int64_t kWeightWords = kKeys * sizeof(typename G::Element) / sizeof(uint32_t);
 
   int64_t position_of(int64_t row) const { return position_ + row / a_.shared; }
 
@@ -209,8 +211,8 @@ class Attention {
     for (int64_t row = 0; row < rows_; ++row) {
       const T* from = static_cast<const T*>(a_.q) + (first_row_ + row / a_.shared) * a_.q_stride +
                       (head_ * a_.shared + row % a_.shared) * a_.head_stride;
-      uint32_t* to = q_ + row * granules_;
-      to[granules_ - 1] = 0;
+      uint32_t* to = q_ + row * q_words_;
+      to[q_words_ - 1] = 0;
       if constexpr (std::is_same_v<T, typename G::Element>)
         std::memcpy(to, from, a_.dim * sizeof(T));
       else
@@ -253,7 +255,7 @@ class Attention {
       if (rows.first >= rows.end) continue;
       const auto ahead = end == block_->size ? values_ahead(0, steps) : keys_ahead(*block_, end, steps);
       multiply<typename G::Dot>(
-          q_, granules_, rows, Keys<G, Page>{*block_, first, a_.dim, ahead}, granules_, panel_,
+          q_, q_words_, rows, Keys<G, Page>{*block_, first, a_.dim, ahead}, granules_, panel_,
           [&](int64_t row, int column, F32 value) { store(scores_ + row * kKeys + first + column, value); });
     }
   }
@@ -313,7 +315,7 @@ class Attention {
     for (int64_t first = 0; first < a_.dim; first += kPanel) {
       const int64_t width = std::min<int64_t>(kPanel, a_.dim - first), end = first + width;
       const auto ahead = end == a_.dim ? keys_ahead(*next_, 0, granules) : values_ahead(end, granules);
-      multiply<typename G::Dot>(weights, kKeys / G::kEach, rows,
+      multiply<typename G::Dot>(weights, kWeightWords, rows,
                                 Values<G, Page>{*block_, a_.heads * a_.dim + first, width, ahead}, granules, panel_,
                                 [&](int64_t row, int column, F32 value) {
                                   float* sum = sums_ + row * width_ + first + column;
@@ -336,7 +338,7 @@ class Attention {
 
   const AttentionArguments& a_;
   const Span& span_;
-  const int64_t first_row_, position_, count_, head_, rows_, granules_, width_;
+  const int64_t first_row_, position_, count_, head_, rows_, granules_, q_words_, width_;
   const float scale_, cap_;  // scores become powers of two
   float key_scales_[kKeys], value_scales_[kKeys];
   Block<Page> blocks_[2], *block_ = &blocks_[0], *next_ = &blocks_[1];

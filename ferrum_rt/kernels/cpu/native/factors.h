@@ -73,7 +73,7 @@ struct Floats {
 // Granules of two.
 struct Pairs {
   using Dot = DotBfloat16;
-  using Element = Bf16;
+  using Element = std::conditional_t<Dot::kXWords == 1, Bf16, float>;
   static constexpr int kEach = 2;
 
   template <class T>
@@ -225,7 +225,7 @@ void multiply_few(const uint32_t* x, int64_t stride, Range rows, Factor factor, 
   for (int part = 0; part < kPanel; part += kVectors * kLanes) {
     typename Dot::Accumulator sums[kRows][kVectors]{};
     factor.each(part, [&](int64_t granule, const U32(&lines)[kVectors]) __attribute__((always_inline)) {
-      add_granules<Dot>(sums, [&](int r) { return from[r][granule]; }, lines);
+      add_granules<Dot>(sums, [&](int r) { return from[r] + granule * Dot::kXWords; }, lines);
     });
     for (int r = 0; r < rows.end - rows.first; ++r)
       for (int v = 0; v < kVectors; ++v) write(rows.first + r, part + v * kLanes, sums[r][v]);

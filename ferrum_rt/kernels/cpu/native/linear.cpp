@@ -1,6 +1,7 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "tile.h"
 
@@ -16,8 +17,34 @@ F32 finish(const LinearArguments& a, I32 sum, int64_t row, int64_t column) {
   return __builtin_convertvector(sum, F32) * (load(a.scales + column) * a.x_scales[row]);
 }
 
+// Rows of x as a Dot has them.
+struct Words {
+  const uint32_t* words;
+  int64_t stride;
+};
+
+// In place, or widened for this thread: that is little beside a chunk's products, and saves it in each of them.
+template <class Dot>
+Words words_of(const LinearArguments& a, int64_t first_row, int64_t rows) {
+  const uint32_t* from = a.x + first_row * a.x_stride;
+  if constexpr (Dot::kXWords == 1) {
+    return {from, a.x_stride};
+  } else {
+    thread_local std::vector<float> wide;
+    const int64_t width = 2 * a.granules, stride = (ceil_div(width, 16) | 1) * 16;  // an odd number of cache lines
+    wide.resize(std::max<size_t>(wide.size(), rows * stride));
+    for (int64_t row = 0; row < rows; ++row) {
+      const auto* halves = reinterpret_cast<const typename Dot::Half*>(from + row * a.x_stride);
+      for_vectors(width, [&](int64_t at, int count) {
+        store(wide.data() + row * stride + at, load(halves + at, count), count);
+      });
+    }
+    return {reinterpret_cast<const uint32_t*>(wide.data()), stride};
+  }
+}
+
 template <class Dot, class T>
-void panel(const LinearArguments& a, int64_t rows, int64_t first_row, int64_t index) {
+void panel(const LinearArguments& a, const Words& x, int64_t rows, int64_t first_row, int64_t index) {
   const auto* weight = a.weight + index * a.granules * kPanel;
   const auto* next = reinterpret_cast<const char*>(weight + a.granules * kPanel);
   const int64_t passes = ceil_div(rows, kMaxRows<Dot>) * (kPanel / kColumns);
@@ -32,7 +59,7 @@ void panel(const LinearArguments& a, int64_t rows, int64_t first_row, int64_t in
       const int64_t column = index * kPanel + part;
       if (column >= a.width) break;
       typename Dot::Accumulator sums[kMaxRows<Dot>][kVectors];
-      compute(a.x + (first_row + row) * a.x_stride, a.x_stride, weight + part, a.granules,
+      compute(x.words + row * x.stride, x.stride, weight + part, a.granules,
               {next + pass * blocks * lines * 64, pass * blocks * lines < 2 * a.granules ? lines : 0}, sums);
       for (int r = 0; r < height; ++r) {
         auto* out = static_cast<T*>(a.out) + (first_row + row + r) * a.stride;
@@ -57,8 +84,10 @@ template <class Dot, class T>
 void chunk_of(const LinearArguments& a, int64_t first_row, int64_t rows, int64_t chunk) {
   const int64_t panels = ceil_div(a.width, kPanel), step = panels_per_chunk(a), across = linear_chunks_across(a);
   const int64_t skipped = chunk / across * kLinearRows, first = chunk % across * step;
-  for (int64_t index = first; index < std::min(first + step, panels); ++index)
-    panel<Dot, T>(a, std::min(kLinearRows, rows - skipped), first_row + skipped, index);
+  rows = std::min(kLinearRows, rows - skipped);
+  first_row += skipped;
+  const Words x = words_of<Dot>(a, first_row, rows);
+  for (int64_t index = first; index < std::min(first + step, panels); ++index) panel<Dot, T>(a, x, rows, first_row, index);
 }
 
 template <class T>
