@@ -27,7 +27,7 @@ def kernels_for(target: str, *, may_emulate: bool = True) -> Kernels:
     flags, features = TARGETS[target].flags, set(_processor().get("flags", "").split())
     if target == "x86-64-v4" and not TARGETS[target].needs <= features and may_emulate:
         target, version = "x86-64-v3", zlib.crc32(EMULATED_AVX512.read_bytes())
-        flags = (*TARGETS[target].flags, "-include", str(EMULATED_AVX512), f"-DEMULATION={version}")
+        flags = (*TARGETS[target].flags, "-O1", "-include", str(EMULATED_AVX512), f"-DEMULATION={version}")
     if missing := TARGETS[target].needs - features:
         pytest.skip(f"this machine has no {', '.join(sorted(missing))}")
     return Kernels(build(_cache_directory(), flags))
