@@ -310,5 +310,5 @@ def test_doctor_builds_only_what_it_is_told(cli: Cli) -> None:
 
     assert_one_error(unknown)
     assert_one_error(idle)
-    assert "'x86-64-v9' is none of x86-64-v4-amx, x86-64-v4-bf16, x86-64-v4, x86-64-v3, x86-64" in unknown.err
+    assert "'x86-64-v9' is none of x86-64-v4-amx, x86-64-v4-bf16, x86-64-v4, x86-64-v3-vnni, x86-64-v3, x86-64" in unknown.err
     assert "--build" in idle.err

@@ -7,9 +7,10 @@ import pytest
 
 from ferrum_rt.kernels.cpu.build import TARGETS, Kernels, _cache_directory, _processor, build, load_kernels
 
-EMULATED_AVX512 = Path(__file__).parent / "emulated_avx512.h"
+every_target = pytest.mark.parametrize("target", ["x86-64-v4", "x86-64-v3-vnni", "x86-64-v3", "x86-64"])
 
-every_target = pytest.mark.parametrize("target", ["x86-64-v4", "x86-64-v3", "x86-64"])
+# Targets that a machine with AVX2 can emulate.
+EMULATIONS = {"x86-64-v4": "emulated_avx512.h", "x86-64-v3-vnni": "emulated_avx_vnni.h"}
 
 
 def needed_kernels() -> Kernels:
@@ -21,13 +22,14 @@ def needed_kernels() -> Kernels:
 
 
 def kernels_for(target: str, *, may_emulate: bool = True) -> Kernels:
-    """Compiled once, into the user's cache, where the other modules' tests find them. AVX-512 is emulated by a machine that
-    has AVX2 alone; what could not run here, or not be compiled, is skipped."""
+    """Compiled once, into the user's cache, where the other modules' tests find them. What the machine has not is emulated;
+    what could not run, or not be compiled, is skipped."""
     needed_kernels()
     flags, features = TARGETS[target].flags, set(_processor().get("flags", "").split())
-    if target == "x86-64-v4" and not TARGETS[target].needs <= features and may_emulate:
-        target, version = "x86-64-v3", zlib.crc32(EMULATED_AVX512.read_bytes())
-        flags = (*TARGETS[target].flags, "-O1", "-include", str(EMULATED_AVX512), f"-DEMULATION={version}")
+    if may_emulate and target in EMULATIONS and not TARGETS[target].needs <= features:
+        emulation = Path(__file__).parent / EMULATIONS[target]
+        target, version = "x86-64-v3", zlib.crc32(emulation.read_bytes())
+        flags = (*TARGETS[target].flags, "-O1", "-include", str(emulation), f"-DEMULATION={version}")
     if missing := TARGETS[target].needs - features:
         pytest.skip(f"this machine has no {', '.join(sorted(missing))}")
     return Kernels(build(_cache_directory(), flags))

@@ -42,6 +42,7 @@ TARGETS = {
     ),
     "x86-64-v4-bf16": Target(_FLAGS_BF16, _BF16),
     "x86-64-v4": Target(("-march=x86-64-v4",), _V4),
+    "x86-64-v3-vnni": Target(("-march=x86-64-v3", "-mavxvnni"), _V3 | {"avx_vnni"}),
     "x86-64-v3": Target(("-march=x86-64-v3",), _V3),
     "x86-64": Target(("-march=x86-64",), frozenset({"lm"})),
 }

@@ -51,6 +51,8 @@ tvm::ffi::String instruction_set() {
   return "avx512 with bf16 and vnni";
 #elif defined(FERRUM_AVX512)
   return "avx512";
+#elif defined(FERRUM_AVX2) && defined(__AVXVNNI__)
+  return "avx2 with vnni";
 #elif defined(FERRUM_AVX2)
   return "avx2";
 #else
