@@ -40,7 +40,7 @@ RUNTIME_ORDER = (
     ("tokenizer", "grammar"),
     ("chat_template", "special_tokens", "detokenizer", "tool_calls", "grammar_limits"),
     ("template_guard", "token_bytes"),
-    ("template_budget", "tracing", "admission", "pressure"),
+    ("template_budget", "tracing", "pressure"),
     ("engine", "simulation"),
     ("scheduler", "executor", "cuda_executor"),
     ("scheduler_reports", "roster", "claims"),
@@ -62,7 +62,7 @@ RUNTIME_ORDER = (
         "step_pieces",
         "load_job",
     ),
-    ("clients", "cost_model", "deadlines", "pages", "sequence", "processors"),
+    ("clients", "cost_model", "deadlines", "pages", "sequence", "processors", "admission"),
 )
 PURE = tuple(
     f"ferrum_rt.runtime.{name}"

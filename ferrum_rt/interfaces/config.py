@@ -12,7 +12,7 @@ import msgspec
 
 from ferrum_rt.interfaces.errors import ConfigError
 from ferrum_rt.interfaces.kv_dtype import KvDtypeKind
-from ferrum_rt.interfaces.types import DataType, Device
+from ferrum_rt.interfaces.types import DataType, Device, Priority
 
 
 class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -44,6 +44,10 @@ class ClientPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_requests: int | None = None
     max_queued_tokens: int | None = None
     max_page_share: float = 1.0
+
+    def allowed(self, priority: Priority) -> Priority:
+        """What a request that asks for ``priority`` gets."""
+        return min(priority, Priority[self.max_priority.upper()])
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

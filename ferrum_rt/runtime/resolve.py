@@ -11,7 +11,7 @@ from ferrum_rt.interfaces.requests import is_token_ids
 from ferrum_rt.interfaces.sampler import SamplingConfig
 from ferrum_rt.interfaces.scheduler import SequenceRequest
 from ferrum_rt.interfaces.tokenizer import Tokenizer
-from ferrum_rt.interfaces.types import ChatMessage, InferenceRequest, Priority, Prompt, SamplingParams, TokenId
+from ferrum_rt.interfaces.types import ChatMessage, InferenceRequest, Prompt, SamplingParams, TokenId
 from ferrum_rt.runtime.loader import LoadedModel
 from ferrum_rt.runtime.tool_calls import tool_constraint
 
@@ -112,7 +112,7 @@ def resolve(
         sampling=_sampling(encoded, grammar, model.defaults, eos | stop),
         eos_token_ids=eos,
         stop_token_ids=stop,
-        priority=min(request.priority, Priority[config.scheduler.policy(request.client_id).max_priority.upper()]),
+        priority=config.scheduler.policy(request.client_id).allowed(request.priority),
         client_id=request.client_id,
         submitted_at=submitted_at,
         deadline=None if request.deadline_s is None else submitted_at + request.deadline_s,

@@ -146,6 +146,25 @@ def test_clients_and_priorities() -> None:
     assert (many.attainment, urgent.attainment) == (0.2, 1.0)
 
 
+def test_clients_are_held_to_their_policies() -> None:
+    """Weights, limits and priorities of the configuration hold in the simulation as they do in an engine."""
+    both = [ClientId("a"), ClientId("b")]
+    arrivals = [arrival for client in both for arrival in requests([0.0] * 40, output=4, client=client)]
+    plain = run(arrivals, scheduler=ONE_SLOT)
+    assert plain.clients[0].ttft_s.p50 == pytest.approx(plain.clients[1].ttft_s.p50, rel=0.1)
+
+    weighted = run(arrivals, scheduler={**ONE_SLOT, "clients": {"a": {"weight": 8.0}}})
+    assert weighted.clients[0].ttft_s.p50 < weighted.clients[1].ttft_s.p50 / 2
+
+    urgent = requests([0.5], client=ClientId("urgent"), priority=Priority.HIGH)
+    held = run([*arrivals, *urgent], scheduler={**ONE_SLOT, "clients": {"urgent": {"max_priority": "low"}}})
+    assert held.clients[2].ttft_s.mean > 100 > run([*arrivals, *urgent], scheduler=ONE_SLOT).clients[2].ttft_s.mean
+
+    few = run(arrivals, scheduler={**ONE_SLOT, "clients": {"a": {"max_requests": 3}, "b": {"max_queued_tokens": 16}}})
+    assert [client.finished for client in few.clients] == [3, 2]
+    assert few.refused == 75
+
+
 # -- workloads ------------------------------------------------------------------------------------------------------------
 
 

@@ -6,12 +6,13 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ferrum_rt.interfaces.config import EngineConfig
-from ferrum_rt.interfaces.errors import ConfigError, DeadlineExceeded, FerrumError
+from ferrum_rt.interfaces.config import EngineConfig, SchedulerConfig
+from ferrum_rt.interfaces.errors import ConfigError, FerrumError
 from ferrum_rt.interfaces.model_executor import DecodeOutput, PrefillOutput, StepOutput
 from ferrum_rt.interfaces.sampler import SampledToken, SamplingConfig
 from ferrum_rt.interfaces.scheduler import BatchPlan, SequenceRequest, SequenceUpdate
 from ferrum_rt.interfaces.types import Arrival, ClientId, FinishReason, RequestId, TokenId
+from ferrum_rt.runtime.admission import AdmissionPolicy
 from ferrum_rt.runtime.pages import PagedKvCache
 from ferrum_rt.runtime.scheduler import UnifiedScheduler
 from ferrum_rt.runtime.simulation.engine import CostModel, SimulatedEngine
@@ -76,8 +77,10 @@ def simulate_capacity(
     if size.pages * block_size < max_model_len and config.model.max_model_len is not None:
         raise ConfigError(f"kv_cache.num_pages: {size.pages} pages of {block_size} tokens hold no {max_model_len} tokens")
     cache = PagedKvCache(size.pages, block_size, prefix_caching=config.kv_cache.prefix_caching)
-    scheduler = UnifiedScheduler(cache, num_pages=size.pages, num_slots=num_slots, max_model_len=max_model_len)
-    world = PlannedWorld(scheduler, arrivals, num_slots + config.scheduler.max_waiting_requests, shared_prefix)
+    scheduler = UnifiedScheduler(
+        cache, num_pages=size.pages, num_slots=num_slots, max_model_len=max_model_len, config=config.scheduler
+    )
+    world = PlannedWorld(scheduler, config.scheduler, arrivals, shared_prefix)
     engine = SimulatedEngine(
         scheduler, world, lambda step: costs.step_s(step.batch), max_batched_tokens=size.max_batched_tokens
     )
@@ -97,15 +100,17 @@ def simulate_capacity(
 
 
 class PlannedWorld:
-    """Callers who send what was planned, and an executor that computes nothing: a World. At most ``capacity`` requests are
-    under way at once; one more is refused, as the runtime does."""
+    """Callers who send what was planned, and an executor that computes nothing: a World."""
 
     engine: SimulatedEngine
 
-    def __init__(self, scheduler: UnifiedScheduler, arrivals: Sequence[Arrival], capacity: int, shared_prefix: int) -> None:
+    def __init__(
+        self, scheduler: UnifiedScheduler, config: SchedulerConfig, arrivals: Sequence[Arrival], shared_prefix: int
+    ) -> None:
         self.lives = [Life(arrival) for arrival in arrivals]
         self.num_refused = 0
-        self._scheduler, self._capacity, self._shared_prefix = scheduler, capacity, shared_prefix
+        self._scheduler, self._config, self._shared_prefix = scheduler, config, shared_prefix
+        self._admission = AdmissionPolicy(config, scheduler.estimated_wait_s)
         clients = dict.fromkeys(arrival.client for arrival in arrivals)
         self._client_numbers = {client: number for number, client in enumerate(clients)}
         self._next = 0
@@ -113,7 +118,10 @@ class PlannedWorld:
 
     def pause(self, until: float) -> None:
         while self._next < len(self.lives) and self.lives[self._next].arrival.arrival_s <= until:
-            self._submit(self._next)
+            try:
+                self._submit(self._next)
+            except FerrumError:  # it fits in no engine of this size, or there is too much, or too much of its client's
+                self.num_refused += 1
             self._next += 1
 
     def next_event(self) -> float | None:
@@ -139,13 +147,11 @@ class PlannedWorld:
             if update.finish_reason is not None or update.error is not None:
                 life.is_done = update.finish_reason is FinishReason.LENGTH
                 del self._active[update.request_id]
+                self._admission.leave(life.arrival.client)
 
     def _submit(self, number: int) -> None:
         life = self.lives[number]
         arrival = life.arrival
-        if len(self._active) >= self._capacity:
-            self.num_refused += 1
-            return
         shared = min(self._shared_prefix, arrival.prompt_tokens)
         own = arrival.prompt_tokens - shared
         request = SequenceRequest(
@@ -154,17 +160,16 @@ class PlannedWorld:
             token_ids=[TokenId(2 * self._client_numbers[arrival.client])] * shared + [TokenId(2 * number + 1)] * own,
             max_tokens=arrival.output_tokens,
             sampling=_SAMPLING,
-            priority=arrival.priority,
+            priority=self._config.policy(arrival.client).allowed(arrival.priority),
             deadline=None if arrival.deadline_s is None else arrival.arrival_s + arrival.deadline_s,
             client_id=arrival.client,
         )
+        self._admission.admit(arrival.client, num_queued=0)
         try:
             self._scheduler.submit(request)
-        except DeadlineExceeded:
-            return  # the scheduler knows that it cannot make it
         except FerrumError:
-            self.num_refused += 1  # it fits in no engine of this size, or its client has too much under way
-            return
+            self._admission.leave(arrival.client)
+            raise
         self._active[request.request_id] = life
 
 
