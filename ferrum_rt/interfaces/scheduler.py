@@ -49,9 +49,13 @@ class SavedRequest(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: list[TokenId]
     outputs: dict[int, list[TokenId]]
     max_tokens: int
+    eos_token_ids: frozenset[TokenId]
+    stop_token_ids: frozenset[TokenId]
     num_samples: int
     priority: Priority
     client_id: ClientId
+    session_id: SessionId | None
+    salt: bytes
     submitted_s: float
     deadline_s: float | None
     is_parked: bool

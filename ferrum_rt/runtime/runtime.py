@@ -358,7 +358,7 @@ class Runtime:
     # -- reports ------------------------------------------------------------------------------------------------------
 
     def export_state(self) -> SavedState:
-        """What the scheduler has under way, for a simulation to replay; it holds the tokens of prompts and outputs."""
+        """What the scheduler has under way, for another to go on with; it holds the tokens of prompts and outputs."""
         return self._scheduler.export_state(time.monotonic())
 
     def arrivals(self, last: int = MAX_ARRIVALS) -> list[Arrival]:

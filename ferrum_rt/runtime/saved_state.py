@@ -1,4 +1,4 @@
-"""A scheduler's work as data, to look at, or to replay in a simulation."""
+"""A scheduler's work as data, to look at, or for another scheduler to go on with."""
 
 from collections.abc import Iterable, Mapping
 
@@ -25,9 +25,13 @@ def _save(samples: list[Sequence], now: float) -> SavedRequest:
         token_ids=request.token_ids,
         outputs={sequence.index: sequence.tokens[num_prompt:] for sequence in samples},
         max_tokens=request.max_tokens,
+        eos_token_ids=request.eos_token_ids,
+        stop_token_ids=request.stop_token_ids,
         num_samples=request.num_samples,
         priority=request.priority,
         client_id=request.client_id,
+        session_id=request.session_id,
+        salt=request.salt,
         submitted_s=request.submitted_at - now,
         deadline_s=None if request.deadline is None else request.deadline - now,
         is_parked=all(sequence.state is SequenceState.PARKED for sequence in samples),
@@ -35,16 +39,19 @@ def _save(samples: list[Sequence], now: float) -> SavedRequest:
 
 
 def restored(saved: SavedRequest, now: float) -> SequenceRequest:
-    """The request, as if it came now; grammars, processors and the like are the caller's and were not saved."""
+    """The request, as if it came now, and greedy: how it is sampled was not saved, for processors are the caller's own."""
     return SequenceRequest(
         request_id=saved.request_id,
         token_ids=saved.token_ids,
         max_tokens=saved.max_tokens,
         sampling=SamplingConfig(),
+        eos_token_ids=saved.eos_token_ids,
+        stop_token_ids=saved.stop_token_ids,
         priority=saved.priority,
         client_id=saved.client_id,
         submitted_at=now + saved.submitted_s,
         deadline=None if saved.deadline_s is None else now + saved.deadline_s,
         num_samples=saved.num_samples,
-        salt=saved.client_id.encode(),
+        session_id=saved.session_id,
+        salt=saved.salt,
     )

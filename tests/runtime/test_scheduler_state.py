@@ -6,8 +6,10 @@ import msgspec
 import pytest
 
 from ferrum_rt.interfaces.scheduler import SavedState
-from ferrum_rt.interfaces.types import ClientId, FinishReason, Priority
+from ferrum_rt.interfaces.types import ClientId, FinishReason, Priority, SessionId, TokenId
+from ferrum_rt.runtime.saved_state import restored
 from ferrum_rt.runtime.simulation.digests import expected_tokens
+from tests.runtime.engines import fake_engine
 from tests.runtime.schedules import Schedule
 
 
@@ -71,3 +73,20 @@ def test_parked_requests_stay_parked() -> None:
     second.scheduler.unpark(name)
     second.run()
     assert second.ends == {name: FinishReason.LENGTH}
+
+
+async def test_what_a_live_engine_has_under_way() -> None:
+    """A live engine's state, written as JSON and taken over by a scheduler of its own, ends as the engine would have."""
+    async with fake_engine(step_s=0.001) as (engine, _):
+        async with engine.infer_stream("x", max_tokens=30, stop_token_ids=[7], session_id=SessionId("s")) as chunks:
+            await anext(aiter(chunks))
+            state = msgspec.json.decode(msgspec.json.encode(engine.export_state()), type=SavedState)
+    [saved] = state.requests
+    assert (saved.stop_token_ids, saved.session_id) == ({TokenId(7)}, "s")
+    second = Schedule()
+    second.requests = {saved.request_id: restored(saved, now=0.0)}
+    second.scheduler.import_state(state, now=0.0)
+    second.run()
+    assert saved.outputs[0]
+    assert saved.outputs[0] + second.tokens[saved.request_id] == expected_tokens(saved.token_ids, 30)
+    assert second.scheduler.sessions.end(saved.client_id, SessionId("s"))
