@@ -22,9 +22,9 @@ import uvloop
 import zmq
 import zmq.asyncio
 
-from ferrum_rt.interfaces.types import StreamChunk, TokenId
+from ferrum_rt.interfaces.types import RequestId, StreamChunk, TokenId
 from ferrum_rt.ipc.framing import client_decoder, encode, server_decoder
-from ferrum_rt.ipc.messages import Chunks, Submit, WireChunk
+from ferrum_rt.ipc.messages import Chunks, Submit
 from ferrum_rt.runtime.runtime import Runtime
 from tests.runtime.engines import fake_engine
 
@@ -157,7 +157,7 @@ class LeastServer(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         for message in self._decoder.feed(data):
             assert isinstance(message, Submit)
-            chunk = WireChunk(request_id=message.request_id, text="x", token_ids=[TokenId(1)])
+            chunk = StreamChunk(request_id=RequestId(message.request_id), text="x", token_ids=[TokenId(1)])
             self._transport.write(encode(Chunks(chunks=[chunk])))
 
 

@@ -4,8 +4,9 @@ import asyncio
 from collections.abc import Callable
 
 from ferrum_rt.interfaces.errors import InvalidFormat
+from ferrum_rt.interfaces.types import StreamChunk
 from ferrum_rt.ipc.framing import encode
-from ferrum_rt.ipc.messages import Chunks, ServerMessage, WireChunk
+from ferrum_rt.ipc.messages import Chunks, ServerMessage
 
 # A write that waits takes uvloop a kilobyte, however short it is.
 _WRITE_BUFFER_BYTES = 4 * 1024
@@ -18,7 +19,7 @@ class Outbox:
     def __init__(self, on_flush: Callable[[], None], on_fault: Callable[[InvalidFormat], None]) -> None:
         self._on_flush, self._on_fault = on_flush, on_fault
         self._messages: list[ServerMessage] = []
-        self._chunks: list[WireChunk] = []
+        self._chunks: list[StreamChunk] = []
         """Of the last of the messages, if that is Chunks."""
         self._backlog = bytearray()
         """Frames that the transport does not take for now."""
@@ -49,7 +50,7 @@ class Outbox:
         if not (self._is_flush_due or self._planned_flush):
             self._planned_flush = self._loop.call_later(limit_s, self._flush)
 
-    def send_chunk(self, chunk: WireChunk) -> None:
+    def send_chunk(self, chunk: StreamChunk) -> None:
         """With what else the step brings."""
         if not self._chunks:
             self.send(Chunks(chunks=self._chunks))

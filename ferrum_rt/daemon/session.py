@@ -30,8 +30,8 @@ from ferrum_rt.interfaces.errors import (
     Unsupported,
 )
 from ferrum_rt.interfaces.requests import build_request, is_token_ids
-from ferrum_rt.interfaces.types import InferenceRequest, StreamChunk
-from ferrum_rt.ipc.convert import chunk_to_wire, from_wire, num_packed
+from ferrum_rt.interfaces.types import InferenceRequest, RequestId, StreamChunk
+from ferrum_rt.ipc.convert import from_wire, num_packed
 from ferrum_rt.ipc.framing import MAX_FRAME_BYTES, client_decoder, encode
 from ferrum_rt.ipc.messages import (
     MAX_MESSAGES,
@@ -52,7 +52,6 @@ from ferrum_rt.ipc.messages import (
     Query,
     Submit,
     Welcome,
-    WireChunk,
     WireRequest,
 )
 from ferrum_rt.runtime.generation import Generation
@@ -98,7 +97,7 @@ class _WireSink:
         if isinstance(item, FerrumError):
             self._error = item
             return
-        chunk = chunk_to_wire(item, self._request_id)
+        chunk = msgspec.structs.replace(item, request_id=RequestId(self._request_id))
         if chunk.prompt_logprobs is not None:  # alone in what it carries at once
             _check_fits(chunk)
         self.credit -= 1
@@ -129,7 +128,7 @@ class _WireSink:
         )
 
 
-def _check_fits(chunk: WireChunk) -> None:
+def _check_fits(chunk: StreamChunk) -> None:
     try:
         encode(Chunks(chunks=[chunk]))
     except InvalidFormat as error:

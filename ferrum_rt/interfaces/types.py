@@ -260,10 +260,10 @@ class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     top: list[Logprob]
 
 
-class StreamChunk(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class StreamChunk(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):
     """What one step added to the output number ``index``. The last chunk of an output has a ``finish_reason`` and ``usage``,
     and says the ``seed``. ``prompt_logprobs`` come once, with the first chunk. With ``tools`` the text of a call is not in
-    ``text`` but in ``tool_calls``."""
+    ``text`` but in ``tool_calls``. Most fields of most chunks are at their default, and are not written."""
 
     request_id: RequestId
     index: int = 0

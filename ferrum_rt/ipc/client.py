@@ -45,7 +45,7 @@ from ferrum_rt.interfaces.types import (
 )
 from ferrum_rt.ipc.address import socket_path
 from ferrum_rt.ipc.connection import Connection
-from ferrum_rt.ipc.convert import chunk_from_wire, to_wire
+from ferrum_rt.ipc.convert import to_wire
 from ferrum_rt.ipc.framing import encode, server_decoder
 from ferrum_rt.ipc.messages import (
     VERSION,
@@ -351,7 +351,7 @@ class Client:
             case Chunks():
                 for chunk in message.chunks:
                     if (reply := self._replies.get(chunk.request_id)) is not None:
-                        reply.put(chunk_from_wire(chunk, reply.request.id))
+                        reply.put(msgspec.structs.replace(chunk, request_id=reply.request.id))
             case Finished():
                 if (reply := self._replies.pop(message.request_id, None)) is not None:
                     reply.finish(message)

@@ -12,12 +12,10 @@ from ferrum_rt.interfaces.requests import is_token_ids
 from ferrum_rt.interfaces.types import (
     ChatMessage,
     InferenceRequest,
-    RequestId,
     ResponseFormat,
     SamplingParams,
-    StreamChunk,
 )
-from ferrum_rt.ipc.messages import WireCall, WireChatMessage, WireChunk, WireRequest, WireSampling
+from ferrum_rt.ipc.messages import WireCall, WireChatMessage, WireRequest, WireSampling
 
 _ID_BYTES = 4
 _MAX_TOOLS_LENGTH = 2**18
@@ -72,37 +70,6 @@ def from_wire(wire: WireRequest) -> tuple[Any, dict[str, Any]]:
         tau, eta = wire.sampling.mirostat
         fields["mirostat"] = {"tau": tau, "eta": eta}
     return _prompt(prompts[0]), fields
-
-
-def chunk_to_wire(chunk: StreamChunk, request_id: str) -> WireChunk:
-    """Under the id that the client gave the request."""
-    return WireChunk(
-        request_id=request_id,
-        index=chunk.index,
-        text=chunk.text,
-        token_ids=chunk.token_ids,
-        logprobs=chunk.logprobs,
-        finish_reason=chunk.finish_reason,
-        usage=chunk.usage,
-        tool_calls=chunk.tool_calls,
-        prompt_logprobs=chunk.prompt_logprobs,
-        seed=chunk.seed,
-    )
-
-
-def chunk_from_wire(chunk: WireChunk, request_id: RequestId) -> StreamChunk:
-    return StreamChunk(
-        request_id=request_id,
-        index=chunk.index,
-        text=chunk.text,
-        token_ids=chunk.token_ids,
-        logprobs=chunk.logprobs,
-        finish_reason=chunk.finish_reason,
-        usage=chunk.usage,
-        tool_calls=chunk.tool_calls,
-        prompt_logprobs=chunk.prompt_logprobs,
-        seed=chunk.seed,
-    )
 
 
 def _prompt(part: str | bytes | list[dict[str, Any]]) -> Any:

@@ -5,13 +5,12 @@ JSON schema) travels as JSON text, and token ids as packed bytes. So a decoder n
 bytes it was given, and never recurses deeper than these classes nest.
 """
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
-from ferrum_rt.interfaces.types import FinishReason, TokenId, TokenLogprobs, ToolCallDelta, Usage
+from ferrum_rt.interfaces.types import StreamChunk
 
 VERSION = 1
 MAX_MESSAGES = 4096
@@ -190,25 +189,10 @@ class Accepted(_Message, frozen=True, kw_only=True, tag="accepted"):
     request_id: Name
 
 
-class WireChunk(_Struct, frozen=True, kw_only=True, gc=False):
-    """A StreamChunk on the wire, under the client's id; most fields of most chunks are at their default, and not sent."""
-
-    request_id: Name
-    index: int = 0
-    text: str = ""
-    token_ids: list[TokenId] = []
-    logprobs: list[TokenLogprobs] | None = None
-    finish_reason: FinishReason | None = None
-    usage: Usage | None = None
-    tool_calls: Sequence[ToolCallDelta] = ()
-    prompt_logprobs: list[TokenLogprobs] | None = None
-    seed: int | None = None
-
-
 class Chunks(_Message, frozen=True, kw_only=True, tag="chunks"):
-    """What one step brought for the connection's requests."""
+    """What one step brought for the connection's requests, each under the id that the client gave it."""
 
-    chunks: list[WireChunk]
+    chunks: list[StreamChunk]
 
 
 class Finished(_Message, frozen=True, kw_only=True, tag="finished"):

@@ -3,7 +3,7 @@
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from ferrum_rt.interfaces.types import ChatMessage, FinishReason
+from ferrum_rt.interfaces.types import ChatMessage, FinishReason, StreamChunk
 from ferrum_rt.ipc.messages import (
     VERSION,
     Accepted,
@@ -24,7 +24,6 @@ from ferrum_rt.ipc.messages import (
     ServerMessage,
     Submit,
     Welcome,
-    WireChunk,
     WireRequest,
 )
 from ferrum_rt.runtime.simulation.digests import expected_tokens
@@ -63,7 +62,7 @@ class Asked:
     texts: dict[int, str] = field(default_factory=dict)
     reasons: dict[int, FinishReason] = field(default_factory=dict)
 
-    def add(self, chunk: WireChunk) -> None:
+    def add(self, chunk: StreamChunk) -> None:
         """Raises AssertionError for a chunk that may not come."""
         sampling = self.submit.request.sampling
         assert self.is_accepted, "a chunk came before accepted"

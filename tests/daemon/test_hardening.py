@@ -23,7 +23,7 @@ from ferrum_rt.daemon.session import CLOSE_LIMIT_S, HELLO_LIMIT_S, Session
 from ferrum_rt.interfaces.errors import InvalidFormat
 from ferrum_rt.interfaces.model_executor import PrefillOutput, StepInput, StepOutput
 from ferrum_rt.interfaces.sampler import TokenScores
-from ferrum_rt.interfaces.types import TokenId
+from ferrum_rt.interfaces.types import RequestId, StreamChunk, TokenId
 from ferrum_rt.ipc.framing import encode, server_decoder
 from ferrum_rt.ipc.messages import (
     Cancel,
@@ -35,7 +35,6 @@ from ferrum_rt.ipc.messages import (
     Query,
     Submit,
     Welcome,
-    WireChunk,
     WireRequest,
     WireSampling,
 )
@@ -345,7 +344,7 @@ async def test_prompt_scores_too_large_for_a_frame_fail_alone(tmp_path: Path, mo
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=40))
 def test_chunks_are_split_over_as_many_frames_as_it_takes(lengths: list[int]) -> None:
     """They come out in their order, and no frame is longer than it may be."""
-    chunks = [WireChunk(request_id=f"{n}", text="x" * length) for n, length in enumerate(lengths)]
+    chunks = [StreamChunk(request_id=RequestId(f"{n}"), text="x" * length) for n, length in enumerate(lengths)]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("ferrum_rt.ipc.framing.MAX_FRAME_BYTES", 400)
         frames = outbox.frames_of(Chunks(chunks=chunks))
@@ -355,7 +354,7 @@ def test_chunks_are_split_over_as_many_frames_as_it_takes(lengths: list[int]) ->
 
 def test_a_chunk_that_no_frame_can_hold_is_an_error() -> None:
     """Splitting ends at a single chunk."""
-    chunks = [WireChunk(request_id="a"), WireChunk(request_id="b", text="x" * 500)]
+    chunks = [StreamChunk(request_id=RequestId("a")), StreamChunk(request_id=RequestId("b"), text="x" * 500)]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("ferrum_rt.ipc.framing.MAX_FRAME_BYTES", 400)
         with pytest.raises(InvalidFormat):

@@ -9,6 +9,7 @@ import anyio
 import pytest
 
 from ferrum_rt.daemon.config import DaemonLimits
+from ferrum_rt.interfaces.types import StreamChunk
 from ferrum_rt.ipc.framing import encode, server_decoder
 from ferrum_rt.ipc.messages import (
     Accepted,
@@ -25,7 +26,6 @@ from ferrum_rt.ipc.messages import (
     ServerMessage,
     Submit,
     Welcome,
-    WireChunk,
     WireRequest,
     WireSampling,
 )
@@ -69,7 +69,7 @@ class Peer:
                 self.heard.extend(self._decoder.feed(await self._stream.receive()))
         return self.heard
 
-    def chunks(self, request_id: str) -> list[WireChunk]:
+    def chunks(self, request_id: str) -> list[StreamChunk]:
         return [c for m in self.heard if isinstance(m, Chunks) for c in m.chunks if c.request_id == request_id]
 
     def text(self, request_id: str) -> str:

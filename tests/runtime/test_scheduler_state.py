@@ -82,7 +82,7 @@ async def test_what_a_live_engine_has_under_way() -> None:
             await anext(aiter(chunks))
             state = msgspec.json.decode(msgspec.json.encode(engine.export_state()), type=SavedState)
     [saved] = state.requests
-    assert (saved.stop_token_ids, saved.session_id) == ({TokenId(7)}, "s")
+    assert (saved.stop_token_ids, saved.session_id) == (frozenset({TokenId(7)}), SessionId("s"))
     second = Schedule()
     second.requests = {saved.request_id: restored(saved, now=0.0)}
     second.scheduler.import_state(state, now=0.0)
