@@ -133,9 +133,7 @@ def time_plans(num_waiting: int, steps: int) -> float:
     )
     cache = PagedKvCache(4 * NUM_RUNNING, config.kv_cache.block_size)
     executor = FakeExecutor(config)
-    scheduler = UnifiedScheduler(
-        cache, num_pages=executor.num_pages, num_slots=NUM_RUNNING, max_model_len=64, config=config.scheduler
-    )
+    scheduler = UnifiedScheduler(cache, num_slots=NUM_RUNNING, max_model_len=64, config=config.scheduler)
     for number in range(num_waiting + NUM_RUNNING):
         scheduler.submit(
             SequenceRequest(

@@ -35,7 +35,7 @@ class PagedKvCache:
 
     def __init__(self, num_pages: int, block_size: int, *, prefix_caching: bool = True) -> None:
         self.block_size = block_size
-        self._total = num_pages
+        self.num_pages = num_pages
         self._prefix_caching = prefix_caching
         self._key = secrets.token_bytes(32)
         self._free = list(range(num_pages - 1, -1, -1))
@@ -61,7 +61,7 @@ class PagedKvCache:
     @property
     def pressure(self) -> MemoryPressure:
         """How much of it all is active."""
-        share = self._num_active / self._total
+        share = self._num_active / self.num_pages
         return MemoryPressure(bisect_right(_PRESSURE_FROM, share))
 
     def pages_for(self, num_tokens: int) -> int:
@@ -211,7 +211,7 @@ class PagedKvCache:
     def statistics(self) -> CacheHandleStats:
         return CacheHandleStats(
             pages=PageCounts(
-                total=self._total,
+                total=self.num_pages,
                 free=len(self._free),
                 active=self._num_active,
                 cached=len(self._cached) + self._num_kept,
@@ -223,7 +223,7 @@ class PagedKvCache:
 
     def verify(self) -> None:
         """Check the whole ledger, in time linear in the pages; raises EngineFailed naming the first page that is wrong."""
-        held, kept = [0] * self._total, [0] * self._total
+        held, kept = [0] * self.num_pages, [0] * self.num_pages
         for counts, handles in ((held, self._handles), (kept, self._kept)):
             for handle in handles:
                 for page in handle.table.pages:
@@ -343,8 +343,8 @@ class PagedKvCache:
 
     def _check_counts(self) -> None:
         num_cached = len(self._cached) + self._num_kept
-        if len(self._free) + self._num_active + num_cached != self._total:
+        if len(self._free) + self._num_active + num_cached != self.num_pages:
             raise EngineFailed(
                 f"page ledger: {len(self._free)} free + {self._num_active} active + {num_cached} cached pages "
-                f"are not the {self._total} there are"
+                f"are not the {self.num_pages} there are"
             )

@@ -13,10 +13,9 @@ _MAX_STARTS = 4  # of a sequence; then it makes way for nobody any more
 class Residents:
     """``running`` are those that take part in steps, most urgent first; parked ones may keep what they have beside them."""
 
-    def __init__(self, cache: PagedKvCache, clients: Clients, *, num_slots: int, num_pages: int) -> None:
+    def __init__(self, cache: PagedKvCache, clients: Clients, *, num_slots: int) -> None:
         self.running: list[Sequence] = []
         self._cache, self._clients = cache, clients
-        self._num_pages = num_pages
         self._free_slots = list(range(num_slots - 1, -1, -1))
 
     @property
@@ -69,7 +68,7 @@ class Residents:
     def would_take_too_much(self, waiting: Sequence) -> bool:
         """Its client's requests would hold more pages than the client's policy says; one of them may always run."""
         client = self._clients[waiting.request.client_id]
-        limit = client.policy.max_page_share * self._num_pages
+        limit = client.policy.max_page_share * self._cache.num_pages
         return client.num_running > 0 and client.num_pages + self._cache.pages_for(waiting.length) > limit
 
     def less_entitled(self, waiting: Sequence) -> Sequence | None:

@@ -134,7 +134,6 @@ class Runtime:
         )
         self._scheduler = UnifiedScheduler(
             self._cache,
-            num_pages=executor.num_pages,
             num_slots=executor.num_slots,
             max_model_len=executor.model_info.max_model_len,
             config=config.scheduler,

@@ -71,7 +71,6 @@ class UnifiedScheduler:
         self,
         cache: PagedKvCache,
         *,
-        num_pages: int,
         num_slots: int,
         max_model_len: int,
         config: SchedulerConfig = SchedulerConfig(),  # noqa: B008 - it is frozen
@@ -82,12 +81,11 @@ class UnifiedScheduler:
         self._cache = cache
         self._pace = Pace(config)
         self._clients = Clients(config)
-        self._num_pages = num_pages
         self._max_model_len = max_model_len
         self._max_rounds = max_rounds
-        self._residents = Residents(cache, self._clients, num_slots=num_slots, num_pages=num_pages)
+        self._residents = Residents(cache, self._clients, num_slots=num_slots)
         self.swapping = Swapping(cache, self._pace.costs, num_pages=num_host_pages, page_bytes=page_bytes)
-        self.sessions = Sessions(cache, self.swapping, self._clients, config, num_pages=num_pages)
+        self.sessions = Sessions(cache, self.swapping, self._clients, config)
         self._waiting = WaitingQueue(self._clients, config.ageing_steps)
         self._roster = Roster(self._clients, self._waiting, self._residents, self.sessions, self.swapping)
         self._deadlines = Deadlines(lambda request: bool(self._roster.live(request)))
@@ -104,7 +102,7 @@ class UnifiedScheduler:
         if request.request_id in self._roster.sequences:
             raise RequestValidationError(f"id: a request {request.request_id!r} is already under way")
         num_prompt = len(request.token_ids)
-        check_fits(self._cache, num_prompt, request.max_tokens, max_model_len=self._max_model_len, num_pages=self._num_pages)
+        check_fits(self._cache, num_prompt, request.max_tokens, max_model_len=self._max_model_len)
         fault = self._clients.why_not_queue(request.client_id, num_prompt)
         if fault is not None:
             raise ResourceExhausted(fault, retry_after=self.estimated_wait_s())

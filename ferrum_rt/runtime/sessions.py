@@ -35,13 +35,10 @@ class Sessions:
     """Of all clients, by client and name, the least recently used first. ``now`` is the time of the last plan. Pages that
     the pool reclaims are swapped, or their sessions' end; so are host pages that are reclaimed."""
 
-    def __init__(
-        self, cache: PagedKvCache, swapping: Swapping, clients: Clients, config: SchedulerConfig, *, num_pages: int
-    ) -> None:
+    def __init__(self, cache: PagedKvCache, swapping: Swapping, clients: Clients, config: SchedulerConfig) -> None:
         self.config = config
         self.now = 0.0
-        self._cache, self._swapping = cache, swapping
-        self._clients, self._num_pages = clients, num_pages
+        self._cache, self._swapping, self._clients = cache, swapping, clients
         self._sessions: dict[_Key, Session] = {}
         self._keys: dict[KvCacheHandle | HostPages, _Key] = {}
         # What first samples have left that ended before others of their request.
@@ -182,7 +179,7 @@ class Sessions:
         own = [session.held for key, session in self._sessions.items() if key[0] == client_id]
         resident = [handle for handle in own if isinstance(handle, KvCacheHandle)]
         for handle in resident:
-            if held + self._cache.num_kept_alone(resident) <= share * self._num_pages:
+            if held + self._cache.num_kept_alone(resident) <= share * self._cache.num_pages:
                 return
             self._lost(handle)
             self._cache.give_up(handle)

@@ -65,8 +65,7 @@ class WithParts(UnifiedScheduler):
         super().__init__(cache, **fields)
         num_host_pages, page_bytes = fields["num_host_pages"], fields["page_bytes"]
         self.swapping = self.swapping_type(cache, self._pace.costs, num_pages=num_host_pages, page_bytes=page_bytes)
-        config, num_pages = fields["config"], fields["num_pages"]
-        self.sessions = self.sessions_type(cache, self.swapping, self._clients, config, num_pages=num_pages)
+        self.sessions = self.sessions_type(cache, self.swapping, self._clients, fields["config"])
         self._roster = self.roster_type(self._clients, self._waiting, self._residents, self.sessions, self.swapping)
 
 

@@ -47,7 +47,6 @@ class Schedule:
         self.executor = FakeExecutor(engine)
         self.scheduler = UnifiedScheduler(
             self.cache,
-            num_pages=num_pages,
             num_slots=num_slots,
             max_model_len=1024,
             config=engine.scheduler,

@@ -32,7 +32,7 @@ class Steps:
 
     def __init__(self, num_pages: int = 64) -> None:
         self.cache = PagedKvCache(num_pages, 4)
-        self.scheduler = UnifiedScheduler(self.cache, num_pages=num_pages, num_slots=2, max_model_len=128, max_rounds=8)
+        self.scheduler = UnifiedScheduler(self.cache, num_slots=2, max_model_len=128, max_rounds=8)
         self.memory = DigestMemory(2, num_pages, 4)
 
     def submit(self, name: str, max_tokens: int = 40, ends: Sequence[TokenId] = (), **sampling: Any) -> None:

@@ -30,9 +30,7 @@ class Schedule:
     def __init__(self, choices: bytes, max_rounds: int = 3) -> None:
         self._choices = deque(choices)
         self.cache = PagedKvCache(NUM_PAGES, BLOCK_SIZE)
-        self.scheduler = UnifiedScheduler(
-            self.cache, num_pages=NUM_PAGES, num_slots=NUM_SLOTS, max_model_len=MAX_LEN, max_rounds=max_rounds
-        )
+        self.scheduler = UnifiedScheduler(self.cache, num_slots=NUM_SLOTS, max_model_len=MAX_LEN, max_rounds=max_rounds)
         for number in range(32):  # it knows what a step takes, and so plans rounds
             self.scheduler._pace.observe(StepWork(1 + number % 3, 1, number), STEP_S)
         self.memory = PagedMemory(NUM_PAGES, BLOCK_SIZE)

@@ -246,7 +246,7 @@ PROMPT = [TokenId(token) for token in range(1, 20)]
 
 def simulate_one(fail_at: int) -> tuple[Recorder, OneRequest, SimulatedEngine]:
     cache = PagedKvCache(64, 16)
-    scheduler = Recorder(cache, num_pages=64, num_slots=4, max_model_len=1024)
+    scheduler = Recorder(cache, num_slots=4, max_model_len=1024)
     request = SequenceRequest(request_id=RequestId("a"), token_ids=PROMPT, max_tokens=6, sampling=SamplingConfig())
     world = OneRequest(scheduler, DigestMemory(4, 64, 16), request, fail_at)
     engine = SimulatedEngine(scheduler, world, lambda step: 0.5, max_batched_tokens=8)
@@ -330,7 +330,7 @@ def test_what_a_damaged_step_wrote_shows() -> None:
 
 
 def scheduler_of(num_pages: int) -> UnifiedScheduler:
-    return UnifiedScheduler(PagedKvCache(num_pages, 4), num_pages=num_pages, num_slots=4, max_model_len=64)
+    return UnifiedScheduler(PagedKvCache(num_pages, 4), num_slots=4, max_model_len=64)
 
 
 def request_of(name: str, **fields: Any) -> SequenceRequest:
@@ -364,7 +364,7 @@ def test_siblings_outlive_a_first_sample_that_is_cancelled_early() -> None:
 def test_a_deadline_does_not_take_back_a_sample_that_is_complete() -> None:
     """A request of which one sample is complete ends by finish_reason, not by DeadlineExceeded."""
     cache = PagedKvCache(6, 4)
-    scheduler = UnifiedScheduler(cache, num_pages=6, num_slots=1, max_model_len=24)
+    scheduler = UnifiedScheduler(cache, num_slots=1, max_model_len=24)
     scheduler.submit(request_of("a", max_tokens=1, num_samples=2, deadline=5.0))
     plan = scheduler.plan(BatchHint(now=0.0, max_tokens=64))
     assert plan is not None

@@ -77,9 +77,7 @@ def simulate_capacity(
     if size.pages * block_size < max_model_len and config.model.max_model_len is not None:
         raise ConfigError(f"kv_cache.num_pages: {size.pages} pages of {block_size} tokens hold no {max_model_len} tokens")
     cache = PagedKvCache(size.pages, block_size, prefix_caching=config.kv_cache.prefix_caching)
-    scheduler = UnifiedScheduler(
-        cache, num_pages=size.pages, num_slots=num_slots, max_model_len=max_model_len, config=config.scheduler
-    )
+    scheduler = UnifiedScheduler(cache, num_slots=num_slots, max_model_len=max_model_len, config=config.scheduler)
     world = PlannedWorld(scheduler, config.scheduler, arrivals, shared_prefix)
     engine = SimulatedEngine(
         scheduler, world, lambda step: costs.step_s(step.batch), max_batched_tokens=size.max_batched_tokens

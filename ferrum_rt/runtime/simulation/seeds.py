@@ -171,7 +171,6 @@ def _live(
     cache = cache_type(scenario.num_pages, scenario.block_size, prefix_caching=scenario.prefix_caching)
     scheduler = scheduler_type(
         cache,
-        num_pages=scenario.num_pages,
         num_slots=scenario.num_slots,
         max_model_len=scenario.max_model_len,
         config=scenario.policies,
