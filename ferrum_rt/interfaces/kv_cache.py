@@ -52,9 +52,7 @@ class CacheHandleStats(msgspec.Struct, frozen=True, kw_only=True):
     """Counters of the cache since its start, and the pages now."""
 
     pages: PageCounts
-    lookups: int
     hit_tokens: int
-    evictions: int
 
 
 class KvCacheManager(Protocol):

@@ -49,9 +49,7 @@ class PagedKvCache:
         self._keepers = [0] * num_pages  # how many of these hold each page
         self._num_kept = 0  # pages that nobody else holds
         self.on_reclaim: Callable[[KvCacheHandle], None] = lambda handle: None
-        self._lookups = 0
         self._hit_tokens = 0
-        self._evictions = 0
 
     @property
     def num_available(self) -> int:
@@ -78,7 +76,6 @@ class PagedKvCache:
         hits = len(pages)
         if not self._claim(pages, needed):
             return None
-        self._lookups += 1
         self._hit_tokens += hits * self.block_size
         handle = KvCacheHandle(
             request_id=request.request_id,
@@ -107,7 +104,6 @@ class PagedKvCache:
             num_shared += self._keepers[page] == 1 and not self._refcounts[page] and page not in self._published
         fork = self._share(kept, request_id, num_tokens, room, num_shared)
         if fork is not None:
-            self._lookups += 1
             self._hit_tokens += num_tokens
             if kept in self._kept:  # else its own pages were the last to be had
                 self._kept[kept] = self._kept.pop(kept)  # used last
@@ -216,9 +212,7 @@ class PagedKvCache:
                 active=self._num_active,
                 cached=len(self._cached) + self._num_kept,
             ),
-            lookups=self._lookups,
             hit_tokens=self._hit_tokens,
-            evictions=self._evictions,
         )
 
     def verify(self) -> None:
@@ -309,7 +303,6 @@ class PagedKvCache:
         page = next(iter(self._cached))
         del self._cached[page]
         del self._by_digest[self._published.pop(page).digest]
-        self._evictions += 1
         return page
 
     def _acquire(self, page: int) -> None:

@@ -82,7 +82,6 @@ def compile_grammar(request: InferenceRequest, model: LoadedModel) -> Grammar:
         raise Unsupported("tool_choice: the model's chat template shows calls in no format that is known here; use 'auto'")
     special = _special_markers(tool_format.markers, model.tokenizer)
     constraint = tool_constraint(tool_format, request.tools, request.tool_choice, special)
-    assert constraint is not None  # that is what is_constrained says
     try:
         return model.grammars.compile(constraint)
     except RequestValidationError as error:

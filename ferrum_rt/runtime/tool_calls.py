@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 
-from ferrum_rt.interfaces.errors import RequestValidationError
 from ferrum_rt.interfaces.types import (
     FunctionCall,
     NamedTool,
@@ -82,17 +81,11 @@ _OPTIONS = {"no_forcing": True}
 
 def tool_constraint(
     tool_format: ToolFormat, tools: Sequence[Tool], choice: ToolChoice, token_ids: Mapping[str, int]
-) -> ResponseFormat | None:
+) -> ResponseFormat:
     """The grammar of an output that is one or more calls (of a named function: exactly one) with arguments as their schemas
-    say; None where ``choice`` leaves it to the model. ``token_ids`` are those of ``tool_format.markers`` that are single
-    tokens. The grammar is as long as the tools. Raises RequestValidationError, naming tools or tool_choice, where they do
-    not fit together or a schema is not one of an object."""
-    if choice in ("none", "auto"):
-        return None
+    say. ``choice`` demands a call, and it and the tools were checked with their request. ``token_ids`` are those of
+    ``tool_format.markers`` that are single tokens. The grammar is as long as the tools."""
     allowed = [tool for tool in tools if not isinstance(choice, NamedTool) or tool.function.name == choice.function.name]
-    if not allowed:
-        fault = f"names {choice.function.name!r}" if isinstance(choice, NamedTool) else f"is {choice!r}"
-        raise RequestValidationError(f"tool_choice {fault}, but there is no such function in tools")
     begin = ("" if tool_format.is_bare else tool_format.marker) + tool_format.opening
     between = f"{tool_format.closing}\n{begin}" if tool_format.separator is None else tool_format.separator
     more = [] if isinstance(choice, NamedTool) else ["(", *_lark(between, token_ids), "call", ")*"]
@@ -117,11 +110,8 @@ def _lark(text: str, token_ids: Mapping[str, int]) -> Iterator[str]:
 
 
 def _schema(function: ToolFunction) -> dict[str, Any]:
-    """Of the arguments, which are an object always; a function without ``parameters`` takes none."""
+    """Of the arguments; a function without ``parameters`` takes none."""
     schema = function.parameters or {"additionalProperties": False}
-    kind = schema.get("type", "object")
-    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
-        raise RequestValidationError(f"tools: the parameters of {function.name!r} must be of type object, not {kind!r}")
     return {"x-guidance": _JSON_STYLE, **schema, "type": "object"}
 
 

@@ -48,9 +48,6 @@ class EmulatedEvent:
     def wait(self) -> None:
         self.device.wait_for(self)
 
-    def is_done(self) -> bool:
-        return self.is_reached.is_set()
-
 
 class EmulatedGraph:
     """Operations that were captured."""

@@ -29,8 +29,6 @@ class DeviceEvent(Protocol):
         """Until all that was enqueued before it is done. Holds no GIL, and raises what went wrong on the device."""
         ...
 
-    def is_done(self) -> bool: ...
-
 
 class DeviceGraph(Protocol):
     """What a function enqueued, to be enqueued again in one call, in the same places of memory."""
@@ -177,9 +175,6 @@ class CudaEvent:
 
     def wait(self) -> None:
         self._event.synchronize()
-
-    def is_done(self) -> bool:
-        return bool(self._event.query())
 
 
 # torch raises AcceleratorError since 2.8 for what the driver reports, before that a RuntimeError; and so do libraries, with

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ferrum_rt.interfaces.sampler import GREEDY_BELOW
 from ferrum_rt.kernels.cuda.ops import import_flashinfer
 from ferrum_rt.kernels.sampling import argmax, pick, uniform
 
-_GREEDY_BELOW = 1e-5  # too small to divide by
 _BLOCK = 128  # what ``pick`` wants
 
 
@@ -43,7 +43,7 @@ def draw_in_graph(logits: Tensor, params: DrawParams, flashinfer: Any = None) ->
     flashinfer = import_flashinfer() if flashinfer is None else flashinfer
     highest, likeliest = argmax(logits)
     is_sound = highest.isfinite()
-    is_greedy = params.temperature < _GREEDY_BELOW
+    is_greedy = params.temperature <= GREEDY_BELOW
     temperature = torch.where(is_greedy, 1.0, params.temperature)
     scaled = (logits.float() - highest[:, None].float()) / temperature[:, None]
     # What has no order must not reach FlashInfer's searches for a bound.
