@@ -83,19 +83,21 @@ def norm64(x: Tensor, weight: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("has_norm", [False, True])
-def test_qk_norm_rope(dtype: torch.dtype, head_dim: int, has_norm: bool) -> None:
-    """Strided heads are normed and turned in place, and those beside them are left alone."""
+@pytest.mark.parametrize("offset", [None, 0.0, 1.0])
+def test_qk_norm_rope(dtype: torch.dtype, head_dim: int, offset: float | None) -> None:
+    """Strided heads are normed, with a weight that the family may have added 1 to, and turned in place; those beside them
+    are left alone."""
     ops, rows, heads = cuda_ops(dtype), 5, 6
     whole = random(rows, heads + 2, head_dim, dtype=dtype, seed=0)
-    weight = torch.cat([random(1, head_dim, dtype=dtype, seed=seed).expand(3, -1) for seed in (1, 2)]).float() + 1
+    weight = torch.cat([random(1, head_dim, dtype=dtype, seed=seed).expand(3, -1) for seed in (1, 2)]).float() / 8
+    weight = None if offset is None else weight + offset
     positions = torch.tensor([0, 1, 17, 300, 4000])
     angles = torch.arange(4096)[:, None] / 10000.0 ** (torch.arange(head_dim // 2) * 2 / head_dim)
     cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
     expected = whole.double()
-    REFERENCE.qk_norm_rope(expected[:, :heads], weight if has_norm else None, 1e-6, positions, cos_sin)
+    REFERENCE.qk_norm_rope(expected[:, :heads], weight, 1e-6, positions, cos_sin)
     ours = whole.cuda()
-    ops.qk_norm_rope(ours[:, :heads], weight.cuda() if has_norm else None, 1e-6, positions.cuda(), cos_sin.cuda())
+    ops.qk_norm_rope(ours[:, :heads], None if weight is None else weight.cuda(), 1e-6, positions.cuda(), cos_sin.cuda())
     bound = 4 * BOUNDS[dtype]  # between norm and turn it is rounded once more
     torch.testing.assert_close(ours.cpu().double(), expected, atol=bound, rtol=bound)
     assert torch.equal(ours[:, heads:].cpu(), whole[:, heads:])

@@ -115,19 +115,19 @@ def test_a_weight_is_converted_once() -> None:
     heads=st.sampled_from([(1, 1), (4, 2), (5, 1), (3, 3)]),
     dims=st.sampled_from([(64, 64), (64, 32), (128, 128), (256, 128), (128, 16)]),
     positions=st.lists(st.integers(0, 99), min_size=1, max_size=6),
-    has_norm=st.booleans(),
+    offset=st.sampled_from([None, 0.0, 1.0]),
     seed=seeds,
 )
 def test_queries_and_keys_are_normed_and_rotated(
-    dtype: torch.dtype, heads: tuple[int, int], dims: tuple[int, int], positions: list[int], has_norm: bool, seed: int
+    dtype: torch.dtype, heads: tuple[int, int], dims: tuple[int, int], positions: list[int], offset: float | None, seed: int
 ) -> None:
-    """The queries' heads and the keys', each with its weight; halves paired; dimensions past the rotary ones and the values
-    beside them stay as they are."""
+    """The queries' heads and the keys', each with its weight, to which the family may add 1; halves paired; dimensions past
+    the rotary ones and the values beside them stay as they are."""
     ops = cuda_ops(dtype)
     (queries, keys), (dim, rotary) = heads, dims
     qkv = random(len(positions), queries + 2 * keys, dim, dtype=dtype, seed=seed)
-    norms = [random(dim, dtype=dtype, seed=seed + i).float() / 10 + 1 for i in (1, 2)]
-    weight = torch.cat([norms[0].expand(queries, -1), norms[1].expand(keys, -1)]) if has_norm else None
+    norms = [(random(dim, dtype=torch.float32, seed=seed + i) / 10).to(dtype).float() + (offset or 0) for i in (1, 2)]
+    weight = None if offset is None else torch.cat([norms[0].expand(queries, -1), norms[1].expand(keys, -1)])
     angles = torch.outer(torch.arange(100).double(), torch.logspace(0, -3, rotary // 2).double())
 
     expected = qkv.double()
@@ -146,11 +146,17 @@ def test_queries_and_keys_are_normed_and_rotated(
 
 
 def test_heads_are_grouped_by_weight() -> None:
-    """Neighbours with the same weight are one run, in order, and every head is in one."""
+    """Neighbours with the same weight are one run, in order, and every head is in one; weights with the family's 1 in them
+    are left to a norm that does not narrow them."""
     rows = torch.stack([torch.full((64,), float(value)) for value in (2, 2, 3, 3, 3, 2)])
-    runs = head_runs(rows, torch.bfloat16, "cpu")
-    assert [(run.first, run.end, float(run.norm.weight[0])) for run in runs] == [(0, 2, 2.0), (2, 5, 3.0), (5, 6, 2.0)]
-    assert [(run.first, run.end) for run in head_runs(rows[:1], torch.bfloat16, "cpu")] == [(0, 1)]
+
+    def found(rows: Tensor) -> list[tuple[int, int, float]] | None:
+        runs = head_runs(rows, torch.bfloat16, "cpu")
+        return None if runs is None else [(first, end, float(weight[0])) for first, end, weight in runs]
+
+    assert found(rows) == [(0, 2, 2.0), (2, 5, 3.0), (5, 6, 2.0)]
+    assert found(rows[:1]) == [(0, 1, 2.0)]
+    assert found(torch.cat([rows, rows[:1] / 1000 + 1])) is None
 
 
 @settings(max_examples=20, deadline=None)

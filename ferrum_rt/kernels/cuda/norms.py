@@ -24,19 +24,22 @@ def narrow(weight: Tensor, dtype: torch.dtype, device: str) -> NarrowWeight:
 
 
 class HeadRun(NamedTuple):
-    """Heads from ``first`` to before ``end``, which share a weight."""
+    """Heads from ``first`` to before ``end``, which share a ``weight`` [dim]."""
 
     first: int
     end: int
-    norm: NarrowWeight
+    weight: Tensor
 
 
-def head_runs(weight: Tensor, dtype: torch.dtype, device: str) -> list[HeadRun]:
+def head_runs(weight: Tensor, dtype: torch.dtype, device: str) -> list[HeadRun] | None:
     """weight [heads, dim] as runs of equal rows: FlashInfer norms all heads of a call with one weight. The queries' and the
-    keys' make two."""
+    keys' make two. None where ``dtype`` would hold the weights less 1 better, for only its norm of whole rows adds the 1."""
     is_new = (weight[1:] != weight[:-1]).any(dim=1).tolist()
     starts = [0, *(row for row, new in enumerate(is_new, 1) if new)]
+    narrowed = [narrow(weight[first], dtype, device) for first in starts]
+    if any(norm.is_offset for norm in narrowed):
+        return None
     return [
-        HeadRun(first, end, narrow(weight[first], dtype, device))
-        for first, end in zip(starts, [*starts[1:], len(weight)], strict=True)
+        HeadRun(first, end, norm.weight)
+        for first, end, norm in zip(starts, [*starts[1:], len(weight)], narrowed, strict=True)
     ]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ferrum_rt.interfaces.errors import DeviceError, Unsupported
@@ -88,8 +89,7 @@ class CudaOps(ReferenceOps):
                 f"rotary dimensions {cos_sin.shape[1]}: CUDA turns a multiple of {2 * _VECTOR}; use the device 'cpu'"
             )
         if norm_weight is not None:
-            for first, end, norm in self._runs(norm_weight):
-                self._norm(qk[:, first:end], qk[:, first:end], norm, eps)
+            self._norm_heads(qk, norm_weight, eps)
         # It makes no difference which heads are the queries' here.
         queries, keys = qk.split([num_heads - 1, 1], dim=1)
         self._flashinfer.apply_rope_with_cos_sin_cache_inplace(positions, queries, keys, head_dim, cos_sin, is_neox=True)
@@ -140,11 +140,16 @@ class CudaOps(ReferenceOps):
     def _norm(self, out: Tensor, x: Tensor, norm: NarrowWeight, eps: float) -> None:
         (self._flashinfer.gemma_rmsnorm if norm.is_offset else self._flashinfer.rmsnorm)(x, norm.weight, eps, out=out)
 
+    def _norm_heads(self, qk: Tensor, weight: Tensor, eps: float) -> None:
+        runs: list[HeadRun] | None = self._once(weight, lambda weight: head_runs(weight, self._setup.dtype, self.device))
+        if runs is None:
+            qk.copy_(F.rms_norm(qk.float(), qk.shape[-1:], eps=eps).mul_(weight))
+            return
+        for first, end, narrowed in runs:
+            self._flashinfer.rmsnorm(qk[:, first:end], narrowed, eps, out=qk[:, first:end])
+
     def _narrow(self, weight: Tensor) -> NarrowWeight:
         return self._once(weight, lambda weight: narrow(weight, self._setup.dtype, self.device))
-
-    def _runs(self, weight: Tensor) -> list[HeadRun]:
-        return self._once(weight, lambda weight: head_runs(weight, self._setup.dtype, self.device))
 
     def _once(self, source: Any, prepare: Callable[[Any], W]) -> W:
         if id(source) not in self._prepared:
