@@ -16,6 +16,7 @@ from bench._common import Spread, progress, spread
 from bench._gpu_engines import Settings, equal_requests, open_ours
 from bench._gpu_models import read_config, write_model
 from bench.host_overhead import Window
+from ferrum_rt.kernels.cuda.sampling import DrawForm
 from tests.runtime.cuda_engines import emulated_engine
 
 
@@ -60,7 +61,7 @@ async def host_times(is_smoke: bool, put: Callable[..., None]) -> None:
             launches = LaunchTimes(executor)
             for repeat in range(repeats):
                 rows.append(await _one(engine, launches, batch, count, vocab_size, repeat))
-                rows[-1]["gpu"] = graph_us(executor, batch, 2 if is_smoke else 100)
+                rows[-1] |= graphs_us(executor, batch, 2 if is_smoke else 100)
             prompts = await _prompts_in_turns(engine, launches, batch, vocab_size, repeats)
         rows = rows[1:]  # the first one warms up
         found = {f"{part}_us": spread(row[part] for row in rows) for part in rows[0]}
@@ -127,21 +128,21 @@ async def _prompts_in_turns(
     return {kind: {part: spread(row[part] for row in found[1:]) for part in found[0]} for kind, found in rows.items()}
 
 
-def graph_us(executor: Any, batch: int, replays: int) -> float:
-    """Microseconds of the graph alone, with nothing done between replays: the least that a step can take. Nobody may be
-    using the engine; what the replays write lies in pages of requests that have ended."""
-    graph = next(made for size, made in executor._graphs.items() if size >= batch)
-    device = executor._device
+def graphs_us(executor: Any, batch: int, replays: int) -> dict[str, float]:
+    """Microseconds of a greedy step's graphs alone (``gpu``), with nothing done between replays: the least that a step can
+    take; and of the draws by themselves. Nobody may be using the engine; what the replays write lies in pages of requests
+    that have ended."""
+    graphs = next(made for size, made in executor._graphs.items() if size >= batch)
+    parts = {f"draw_{form.name.lower()}": [graphs.draws[form]] for form in DrawForm}
+    parts["gpu"] = [graphs.forward, graphs.draws[DrawForm.GREEDY]]
+    return {name: _replays_us(executor._device, part, replays) for name, part in parts.items()}
+
+
+def _replays_us(device: Any, graphs: list[Any], replays: int) -> float:
     with torch.inference_mode(), device.stream():
-        replay_all = partial(_replay, graph.graph, replays)
-        replay_all()
-        device.synchronize()
-        began = time.perf_counter()
-        replay_all()
-        device.synchronize()
+        for _ in ("to warm up", "to time"):
+            began = time.perf_counter()
+            for graph in graphs * replays:
+                graph.replay()
+            device.synchronize()
     return 1e6 * (time.perf_counter() - began) / replays
-
-
-def _replay(graph: Any, count: int) -> None:
-    for _ in range(count):
-        graph.replay()

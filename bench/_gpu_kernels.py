@@ -27,7 +27,7 @@ from bench._gpu_toolchain import fallbacks
 from ferrum_rt.interfaces.tensor import AttentionKind
 from ferrum_rt.kernels.batch import KvPages, QuerySpan, TokenBatch, allocate_pages
 from ferrum_rt.kernels.cuda import CudaOps
-from ferrum_rt.kernels.cuda.sampling import DrawParams, draw_in_graph
+from ferrum_rt.kernels.cuda.sampling import DrawForm, DrawParams, draw_in_graph
 
 BLOCK_SIZE = 16
 _NO_JIT = "FLASHINFER_DISABLE_JIT"
@@ -63,7 +63,8 @@ def calls(device: str, flashinfer: Any = None) -> Iterator[Call]:
             yield Call(f"prefill, {shape}", _Attention(ops, kind, dtype).prefill)
             yield Call(f"decode, {shape}", _Attention(ops, kind, dtype).decode)
         yield from _small_calls(ops, dtype)
-    yield Call("draw", lambda: draw_in_graph(torch.zeros((2, 512), device=device), draw_params(2, device), flashinfer))
+    logits, params = torch.zeros((2, 512), device=device), draw_params(2, device)
+    yield Call("draw", lambda: draw_in_graph(logits, params, DrawForm.TRUNCATED, flashinfer))
 
 
 def _small_calls(ops: CudaOps, dtype: torch.dtype) -> Iterator[Call]:
@@ -104,8 +105,8 @@ class _Attention:
 
 def draw_params(rows: int, device: str, **fields: float) -> DrawParams:
     """The same for all rows; where nothing is said temperature 1 and no cut."""
-    values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seeds": 1, "positions": 1, "samples": 0, **fields}
-    types = {"top_k": torch.int32, **dict.fromkeys(("seeds", "positions", "samples"), torch.int64)}
+    values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "draws": 0.5, **fields}
+    types = {"top_k": torch.int32, "draws": torch.float64}
     return DrawParams(
         *(torch.full((rows,), values[name], dtype=types.get(name, torch.float32), device=device) for name in values)
     )

@@ -4,14 +4,19 @@ Randomness is one uniform number per token, computed from (seed, position, sampl
 cumulative distribution: what else is in the batch cannot change a draw. No row is ever sorted whole if a part will do:
 maxima of blocks say where the candidates are.
 
-Work is done in ``Workspace`` rows: float32, [R, width], of which ``vocab_size`` columns are tokens and the others -inf.
+Work is done in the rows of a ``workspace``: float32, [R, width], of which ``vocab_size`` columns are tokens and the others
+-inf.
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Ints = TypeVar("Ints", Tensor, NDArray[np.int64])
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _BLOCK = 128
@@ -23,13 +28,25 @@ NUM_CANDIDATES = 256
 
 def uniform(seeds: Tensor, positions: Tensor, samples: Tensor) -> Tensor:
     """float64 in [0, 1) for each triple of int64, by rounds of SplitMix64's finalizer (Steele et al., OOPSLA 2014)."""
-    mixed = _mix(seeds + _GOLDEN)
-    mixed = _mix(mixed + (samples + 1) * _GOLDEN)
-    mixed = _mix(mixed + (positions + 1) * _GOLDEN)
-    return ((mixed >> 11) & (2**53 - 1)).double() * 2.0**-53
+    return _bits(streams(seeds, samples), positions).double() * 2.0**-53
 
 
-def _mix(x: Tensor) -> Tensor:
+def uniform_on_host(of_streams: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
+    """``uniform`` of what ``streams`` made."""
+    return _bits(of_streams, positions).astype(np.float64) * 2.0**-53
+
+
+def streams(seeds: Ints, samples: Ints) -> Ints:
+    """The part of ``uniform`` that is the same at every position."""
+    return _mix(_mix(seeds + _GOLDEN) + (samples + 1) * _GOLDEN)
+
+
+def _bits(of_streams: Ints, positions: Ints) -> Ints:
+    """53 of them."""
+    return (_mix(of_streams + (positions + 1) * _GOLDEN) >> 11) & (2**53 - 1)
+
+
+def _mix(x: Ints) -> Ints:
     x = (x ^ ((x >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
     x = (x ^ ((x >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
     return x ^ ((x >> 31) & (2**33 - 1))

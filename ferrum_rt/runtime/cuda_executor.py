@@ -1,5 +1,5 @@
-"""The ModelExecutor for a GPU: a step is launched and not waited for; a step of decodes alone is one CUDA graph, one with
-prompts a graph for each layer."""
+"""The ModelExecutor for a GPU: a step is launched and not waited for; a step of decodes alone is two CUDA graphs, the model
+and the draw, one with prompts a graph for each layer."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -17,7 +17,7 @@ from ferrum_rt.interfaces.tensor import AttentionKind, TensorOps
 from ferrum_rt.interfaces.types import MemoryUsage, ModelInfo, TokenId
 from ferrum_rt.kernels.batch import KvPages, QuerySpan, TokenBatch
 from ferrum_rt.kernels.cuda.device import DeviceEvent, DeviceGraph, StreamDevice
-from ferrum_rt.kernels.cuda.sampling import DrawParams
+from ferrum_rt.kernels.cuda.sampling import DrawForm, DrawParams
 from ferrum_rt.runtime.sampler import not_numbers
 from ferrum_rt.runtime.step_inputs import StepInputs
 from ferrum_rt.runtime.step_pieces import StepPieces, piece_sizes
@@ -25,7 +25,7 @@ from ferrum_rt.runtime.step_rows import StepRows, lay_out, memory_of, outputs_of
 
 T = TypeVar("T")
 
-DrawTokens = Callable[[Tensor, DrawParams], Tensor]
+DrawTokens = Callable[[Tensor, DrawParams, DrawForm], Tensor]
 """Token ids [R] int64 from logits [R, vocabulary], -1 for a row without a finite maximum. It is captured in graphs, so it
 may not wait for the device."""
 
@@ -59,9 +59,12 @@ class StreamDecoder(Protocol):
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor: ...
 
 
-class _DecodeGraph(NamedTuple):
+class _DecodeGraphs(NamedTuple):
+    """``forward`` leaves the ``logits``, of which one of the ``draws`` makes tokens, by its form."""
+
     attention: DecodeAttention
-    graph: DeviceGraph
+    forward: DeviceGraph
+    draws: list[DeviceGraph]
     logits: Tensor
 
 
@@ -119,7 +122,7 @@ class CudaExecutor:
             self._inputs = StepInputs(device, num_slots, words)
         self._is_plain = [True] * num_slots
         self._max_tokens = max_tokens
-        self._graphs: dict[int, _DecodeGraph] = {}
+        self._graphs: dict[int, _DecodeGraphs] = {}
         self._pieces: dict[int, StepPieces] = {}
         # At most two steps are in flight. A step's results lie in one of two buffers until the thread that waits has read
         # them: the step before last has to be over before its buffers are used again. The engine has waited for it already.
@@ -232,16 +235,17 @@ class CudaExecutor:
 
     def _replay(self, size: int, rows: StepRows) -> _Launch:
         """Decodes alone: the graph of the next larger size."""
-        graph, padding = self._graphs[size], size - len(rows.slots)
+        graphs, padding = self._graphs[size], size - len(rows.slots)
         self._wait_for_plan()
-        graph.attention.replan(
+        graphs.attention.replan(
             [*rows.slots, *[self.num_slots] * padding],
             [*(position + 1 for position in rows.positions), *[1] * padding],
             self._block_tables,
         )
         self._planned = self._device.record()
-        graph.graph.replay()
-        return _Launch(graph.logits, [])
+        graphs.forward.replay()
+        graphs.draws[self._inputs.form].replay()
+        return _Launch(graphs.logits, [])
 
     def _run(
         self, items: UnifiedBatch, rows: StepRows, slots: Tensor, positions: Tensor, known: Tensor, logit_rows: Tensor
@@ -267,25 +271,27 @@ class CudaExecutor:
         if not rows.logit_rows:
             return _Launch(None, scores)
         logits = logits_of(logit_rows)
-        self._draw_tokens(logits)
+        self._draw_tokens(logits, self._inputs.form)
         return _Launch(logits, scores)
 
-    def _capture(self, size: int) -> _DecodeGraph:
+    def _capture(self, size: int) -> _DecodeGraphs:
         attention = self._ops.decode_attention(size, self._block_tables.shape[1], self._decoder.attention_kinds)
         attention.replan([self.num_slots] * size, [1] * size, self._block_tables)
         found: list[Tensor] = []
 
-        def decode() -> None:
+        def decode(cut: Callable[[], None]) -> None:
             rows = self._inputs.rows(size)
             spans = [QuerySpan(self.num_slots, row, 1, 0) for row in range(size)]
             batch = self._batch(rows.slots, rows.positions, None, self._row_numbers[:size], spans)
             hidden = self._decoder.forward(batch, attention.plan, self._cache)
             found[:] = [self._decoder.logits(hidden, batch.logit_rows)]
-            self._draw_tokens(found[0])
+            for form in DrawForm:
+                cut()
+                self._draw_tokens(found[0], form)
 
-        decode()  # kernels are compiled and libraries set up at their first use, which cannot be captured
-        (graph,) = self._device.capture(decode)
-        return _DecodeGraph(attention, graph, found[0])
+        decode(lambda: None)  # kernels are compiled and libraries set up at their first use, which cannot be captured
+        forward, *draws = self._device.capture(partial(decode, self._device.cut))
+        return _DecodeGraphs(attention, forward, draws, found[0])
 
     def _capture_pieces(self, size: int) -> StepPieces:
         self._inputs.begin([], [])
@@ -331,10 +337,10 @@ class CudaExecutor:
             block_size=size,
         )
 
-    def _draw_tokens(self, logits: Tensor) -> None:
+    def _draw_tokens(self, logits: Tensor, form: DrawForm) -> None:
         """A token for each row, kept for the next step and for the host."""
         rows = self._inputs.rows(len(logits))
-        tokens = self._draw(logits, rows.draw)
+        tokens = self._draw(logits, rows.draw, form)
         self._drawn[: len(logits)].copy_(tokens)
         self._last_tokens.index_copy_(0, rows.slots, tokens.clamp(min=0))
 

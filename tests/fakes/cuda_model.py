@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ferrum_rt.interfaces.sampler import GREEDY_BELOW
 from ferrum_rt.interfaces.tensor import AttentionKind, KvLayer
 from ferrum_rt.interfaces.types import DataType, Device, ModelId, ModelInfo, ModelType
 from ferrum_rt.kernels.attention import AttentionGroup, attend
 from ferrum_rt.kernels.batch import KvPages, TokenBatch
 from ferrum_rt.kernels.cuda.attention import AttentionCall, AttentionGaps
-from ferrum_rt.kernels.cuda.sampling import DrawParams
+from ferrum_rt.kernels.cuda.sampling import DrawForm, DrawParams
 from ferrum_rt.kernels.reference import ReferenceOps
 from ferrum_rt.kernels.sampling import argmax, draw, uniform, workspace
 from tests.fakes.device import EmulatedDevice
@@ -78,15 +79,15 @@ class StandInOps(ReferenceOps):
         attend(out, q, layer, plan, kind)
 
 
-def draw_stand_in(logits: Tensor, params: DrawParams) -> Tensor:
+def draw_stand_in(logits: Tensor, params: DrawParams, form: DrawForm) -> Tensor:
     """Greedy rows and rows of the whole vocabulary just as BatchSampler draws them; where top_k, top_p or min_p cut, from
-    what they leave. -1 for a row without a finite maximum."""
+    what they leave, as far as the form goes. -1 for a row without a finite maximum."""
     num_rows, vocab_size = logits.shape
     x = workspace(num_rows, vocab_size, "cpu")
     x[:, :vocab_size] = logits
     highest, likeliest = argmax(x)
     is_sound = highest.isfinite()
-    is_greedy = params.temperature < 1e-5
+    is_greedy = params.temperature <= GREEDY_BELOW if form > DrawForm.GREEDY else torch.ones(num_rows, dtype=torch.bool)
     temperature = torch.where(is_greedy, 1.0, params.temperature)
     x = torch.where(is_sound[:, None], x, 0.0)
     ordered, _ = torch.sort(x / temperature[:, None], dim=-1, descending=True, stable=True)
@@ -97,16 +98,24 @@ def draw_stand_in(logits: Tensor, params: DrawParams) -> Tensor:
     is_kept = (rank < limit[:, None]) & (probs.cumsum(-1) - probs < params.top_p[:, None])
     is_kept &= probs >= params.min_p[:, None] * probs[:, :1]
     least = ordered.gather(1, is_kept.sum(-1, keepdim=True) - 1) * temperature[:, None]
-    is_whole = (params.top_k <= 0) & (params.top_p >= 1) & (params.min_p <= 0)
+    is_whole = (params.top_k <= 0) & (params.top_p >= 1) | (form < DrawForm.TRUNCATED)
+    is_whole &= params.min_p <= 0
     x = torch.where(is_whole[:, None] | (x >= least), x, -math.inf)
-    numbers = uniform(params.seeds, params.positions, params.samples)
-    drawn = draw(x, torch.where(is_sound, highest, 0.0), temperature, numbers)
+    drawn = draw(x, torch.where(is_sound, highest, 0.0), temperature, params.draws)
     return torch.where(is_sound, torch.where(is_greedy, likeliest, drawn), -1)
 
 
-def draw_by_sample(logits: Tensor, params: DrawParams) -> Tensor:
-    """For the TokenDecoder: what tests.fakes.memory answers for each sample."""
-    return (logits.argmax(-1) + 13 * params.samples) % VOCABULARY
+# The numbers that samples with a seed of 0 are drawn by, in order, and whose each is.
+_NUM_SAMPLES = 8
+_DRAWS, _order = uniform(torch.tensor(0), torch.arange(1024)[:, None], torch.arange(_NUM_SAMPLES)).flatten().sort()
+_SAMPLES = _order % _NUM_SAMPLES
+
+
+def draw_by_sample(logits: Tensor, params: DrawParams, form: DrawForm) -> Tensor:
+    """For the TokenDecoder: what tests.fakes.memory answers for each sample, which its number tells."""
+    at = torch.searchsorted(_DRAWS, params.draws).clamp(max=len(_DRAWS) - 1)
+    samples = torch.where(_DRAWS[at] == params.draws, _SAMPLES[at], 0)
+    return (logits.argmax(-1) + 13 * samples) % VOCABULARY
 
 
 class TokenOps(StandInOps):

@@ -11,8 +11,9 @@ from ferrum_rt.interfaces.tensor import AttentionKind
 from ferrum_rt.kernels.batch import KvPages, QuerySpan, TokenBatch, allocate_pages
 from ferrum_rt.kernels.cuda import CudaOps
 from ferrum_rt.kernels.cuda.device import CudaDevice
-from ferrum_rt.kernels.cuda.sampling import DrawParams, draw_in_graph
+from ferrum_rt.kernels.cuda.sampling import DrawForm, DrawParams, draw_in_graph
 from ferrum_rt.kernels.reference import ReferenceOps
+from ferrum_rt.kernels.sampling import uniform
 from tests.fakes import flashinfer as emulation
 from tests.kernels.test_attention import naive
 
@@ -89,8 +90,8 @@ def test_qk_norm_rope(dtype: torch.dtype, head_dim: int, offset: float | None) -
     are left alone."""
     ops, rows, heads = cuda_ops(dtype), 5, 6
     whole = random(rows, heads + 2, head_dim, dtype=dtype, seed=0)
-    weight = torch.cat([random(1, head_dim, dtype=dtype, seed=seed).expand(3, -1) for seed in (1, 2)]).float() / 8
-    weight = None if offset is None else weight + offset
+    stored = torch.cat([random(1, head_dim, dtype=dtype, seed=seed).expand(3, -1) for seed in (1, 2)]).float() / 8
+    weight = None if offset is None else stored + offset
     positions = torch.tensor([0, 1, 17, 300, 4000])
     angles = torch.arange(4096)[:, None] / 10000.0 ** (torch.arange(head_dim // 2) * 2 / head_dim)
     cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -299,13 +300,14 @@ def test_draws_equal_those_of_the_emulation(vocab_size: int, fields: dict[str, f
     """Over many rows nearly all tokens are those of the same draw on the CPU: at a bound rounding may decide otherwise."""
     rows = 64 if vocab_size < 10_000 else 12  # the emulation sorts them
     logits = random(rows, vocab_size, dtype=torch.bfloat16, seed=vocab_size) * 3
-    values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seeds": 0, "positions": 5, "samples": 0, **fields}
-    types = {"top_k": torch.int32, **dict.fromkeys(("seeds", "positions", "samples"), torch.int64)}
+    values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **fields}
+    types = {"top_k": torch.int32}
     params = [torch.full((rows,), values[name], dtype=types.get(name, torch.float32)) for name in values]
-    params[4] = torch.arange(rows)
-    expected = draw_in_graph(logits, DrawParams(*params), emulation)
+    params.append(uniform(torch.arange(rows), torch.tensor(5), torch.tensor(0)))
+    form = DrawForm.GREEDY if fields.get("temperature") == 0 else DrawForm.TRUNCATED if fields else DrawForm.WHOLE
+    expected = draw_in_graph(logits, DrawParams(*params), form, emulation)
     logits[1] = math.nan
-    ours = draw_in_graph(logits.cuda(), DrawParams(*(x.cuda() for x in params))).cpu()
+    ours = draw_in_graph(logits.cuda(), DrawParams(*(x.cuda() for x in params)), form).cpu()
     assert ours[1] == -1
     same = (ours == expected).float()
     same[1] = 1

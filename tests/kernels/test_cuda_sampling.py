@@ -8,19 +8,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ferrum_rt.kernels.cuda.sampling import DrawParams, draw_in_graph
-from ferrum_rt.kernels.sampling import Truncation, truncate
+from ferrum_rt.kernels.cuda.sampling import DrawForm, DrawParams, draw_in_graph
+from ferrum_rt.kernels.sampling import Truncation, truncate, uniform
 from tests.fakes import flashinfer as emulation
 
 VOCAB_SIZE = 300  # more than two blocks of 128, and not a multiple
 
 
 def params(rows: int, **fields: float) -> DrawParams:
-    """The same for every row; neutral, but for a temperature of 1, where nothing else is said."""
-    neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seeds": 0, "positions": 0, "samples": 0}
-    types = {"top_k": torch.int32} | dict.fromkeys(("seeds", "positions", "samples"), torch.int64)
-    values = {**neutral, **fields}
-    return DrawParams(*(torch.full((rows,), values[name], dtype=types.get(name, torch.float32)) for name in neutral))
+    """The same for every row but its number; neutral, but for a temperature of 1, where nothing else is said."""
+    neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    types, values = {"top_k": torch.int32}, {**neutral, **fields}
+    how = {name: torch.full((rows,), values[name], dtype=types.get(name, torch.float32)) for name in neutral}
+    return DrawParams(**how, draws=numbers(rows, 0))
+
+
+def numbers(rows: int, seed: int) -> Tensor:
+    return uniform(torch.tensor(seed), torch.arange(rows), torch.tensor(0))
+
+
+def rows_of(how: DrawParams, rows: Tensor | slice) -> DrawParams:
+    return DrawParams(*(field[rows] for field in how))
 
 
 def random_logits(rows: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -30,8 +38,8 @@ def random_logits(rows: int, seed: int, dtype: torch.dtype = torch.float32) -> T
     return (order * 0.05 + torch.rand(VOCAB_SIZE, generator=generator) * 0.01).to(dtype)
 
 
-def draw(logits: Tensor, how: DrawParams) -> list[int]:
-    drawn = draw_in_graph(logits, how, emulation)
+def draw(logits: Tensor, how: DrawParams, form: DrawForm = DrawForm.TRUNCATED) -> list[int]:
+    drawn = draw_in_graph(logits, how, form, emulation)
     assert drawn.dtype == torch.int64
     tokens: list[int] = drawn.tolist()
     return tokens
@@ -62,7 +70,7 @@ def test_what_is_drawn_from_is_what_the_cpu_keeps(
     row = random_logits(1, seed)
     fields = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     expected = kept_ids(row, params(1, **fields))
-    how = params(200, **fields)._replace(seeds=torch.arange(200) + seed)
+    how = params(200, **fields)._replace(draws=numbers(200, seed))
     drawn = set(draw(row.expand(200, -1).contiguous(), how))
     assert drawn <= expected
     if len(expected) <= 2 and temperature > 1:
@@ -72,8 +80,7 @@ def test_what_is_drawn_from_is_what_the_cpu_keeps(
 def test_draws_follow_the_distribution() -> None:
     """20,000 draws from five tokens are within five standard deviations of softmax(logits / temperature)."""
     count, logits = 20_000, torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5])
-    how = params(count, temperature=0.7)._replace(positions=torch.arange(count))
-    drawn = torch.tensor(draw(logits.expand(count, -1).contiguous(), how)).bincount(minlength=5)
+    drawn = torch.tensor(draw(logits.expand(count, -1).contiguous(), params(count, temperature=0.7))).bincount(minlength=5)
     shares = torch.softmax(logits.double() / 0.7, dim=-1)
     deviation = (count * shares * (1 - shares)).sqrt()
     assert ((drawn - count * shares).abs() < 5 * deviation).all()
@@ -84,23 +91,26 @@ def test_draws_follow_the_distribution() -> None:
 def test_a_row_is_drawn_by_its_own_numbers(order: list[int], count: int, dtype: torch.dtype) -> None:
     """Whatever other rows stand around it, and wherever it stands: what FlashInfer's own samplers would not do."""
     logits = random_logits(6, 3, dtype)
-    how = params(6, top_k=50, top_p=0.9)._replace(
-        temperature=torch.tensor([0.0, 0.5, 1.0, 1.0, 2.0, 3.0]),
-        seeds=torch.tensor([1, 1, 2, 2**62, -5, 6]),
-        positions=torch.tensor([7, 7, 7, 8, 9, 10]),
-    )
-    alone = [draw(logits[row : row + 1], DrawParams(*(field[row : row + 1] for field in how)))[0] for row in range(6)]
+    how = params(6, top_k=50, top_p=0.9)._replace(temperature=torch.tensor([0.0, 0.5, 1.0, 1.0, 2.0, 3.0]))
+    alone = [draw(logits[row : row + 1], rows_of(how, slice(row, row + 1)))[0] for row in range(6)]
     chosen = torch.tensor(order[:count])
-    together = draw(logits[chosen], DrawParams(*(field[chosen] for field in how)))
+    together = draw(logits[chosen], rows_of(how, chosen))
     assert together == [alone[row] for row in order[:count]]
 
 
-def test_seed_position_and_sample_each_change_the_draw() -> None:
-    """Over 64 rows that are alike in all but one of the three, most tokens differ."""
-    logits = torch.zeros(64, VOCAB_SIZE)
-    for name in ("seeds", "positions", "samples"):
-        assert len(set(draw(logits, params(64)._replace(**{name: torch.arange(64)})))) > 40
-    assert len(set(draw(logits, params(64)))) == 1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_form_that_is_enough_draws_the_same(dtype: torch.dtype) -> None:
+    """A greedy row has its token in all three forms, a row of the whole vocabulary in two; beside rows that want more, the
+    least weights and the first and last numbers too."""
+    logits = (random_logits(90, 4, dtype).float() * 20).to(dtype)
+    how = params(90, min_p=1e-7)
+    how.temperature[:30] = 0
+    how.min_p[30:60] = 0
+    how.top_k[80:], how.top_p[85:] = 3, 0.5
+    how.draws[40], how.draws[41] = 0.0, 1 - 2.0**-53
+    tokens = draw(logits, how)
+    assert draw(logits[:30], rows_of(how, slice(30)), DrawForm.GREEDY) == tokens[:30]
+    assert draw(logits[:80], rows_of(how, slice(80)), DrawForm.WHOLE) == tokens[:80]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -123,5 +133,5 @@ def test_rows_that_are_not_sound_are_told_apart() -> None:
         how = params(6, temperature=temperature, top_k=9, top_p=0.8)
         drawn = draw(logits, how)
         assert drawn[1:5] == [-1] * 4
-        assert drawn[0] == draw(logits[:1], DrawParams(*(field[:1] for field in how)))[0]
+        assert drawn[0] == draw(logits[:1], rows_of(how, slice(1)))[0]
         assert drawn[5] == 0

@@ -12,7 +12,7 @@ from torch import Tensor
 from ferrum_rt.interfaces.tensor import AttentionKind
 from ferrum_rt.kernels.batch import QuerySpan, TokenBatch, allocate_pages
 from ferrum_rt.kernels.cuda import CudaOps
-from ferrum_rt.kernels.cuda.sampling import DrawParams, draw_in_graph
+from ferrum_rt.kernels.cuda.sampling import DrawForm, DrawParams, draw_in_graph
 from tests.fakes import flashinfer as emulation
 from tests.fakes.queued_flashinfer import IN_PLACE
 from tests.fakes.recorder import Call, Recorder
@@ -62,8 +62,8 @@ def every_call() -> list[Call]:
     qk = torch.ones(3, 6, 64, dtype=torch.bfloat16)
     ops.qk_norm_rope(qk, wide.expand(6, -1), 1e-6, torch.arange(3), torch.ones(3, 64))
     _attend(ops, qk)
-    params = DrawParams(*(torch.ones(3) if i in (0, 2, 3) else torch.ones(3, dtype=torch.int64) for i in range(7)))
-    draw_in_graph(x, params, recorder)
+    ones = torch.ones(3)
+    draw_in_graph(x, DrawParams(ones, ones.int(), ones, ones, ones.double()), DrawForm.TRUNCATED, recorder)
     return recorder.calls
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ferrum_rt.kernels.logits import penalize_presence, penalize_repetition
-from ferrum_rt.kernels.sampling import argmax, draw, draw_truncated, uniform
+from ferrum_rt.kernels.sampling import argmax, draw, draw_truncated, streams, uniform, uniform_on_host
 from tests.kernels.naive_sampling import Cut, distribution, penalized, rows_of, truncation
 
 ODDS = 0.001
@@ -66,8 +66,10 @@ EDGES = (0, 1, 2, 1234, 2**31, 2**53 + 1, 2**63 - 1)
 def test_the_generator_equals_its_definition_in_integers() -> None:
     """Bit for bit, for all triples of edge values, and for negative seeds."""
     triples = list(product((-1, -(2**63), *EDGES), EDGES[:-1], EDGES[:-1]))
-    drawn = uniform_of(*zip(*triples, strict=True))
-    assert drawn.tolist() == [uniform_in_integers(*triple) for triple in triples]
+    drawn, expected = uniform_of(*zip(*triples, strict=True)), [uniform_in_integers(*triple) for triple in triples]
+    assert drawn.tolist() == expected
+    seeds, positions, samples = np.array(triples, dtype=np.int64).T
+    assert uniform_on_host(streams(seeds, samples), positions).tolist() == expected
 
 
 @pytest.mark.parametrize(("triple", "value"), PINNED)

@@ -22,11 +22,13 @@ from ferrum_rt.interfaces.model_executor import (
 from ferrum_rt.interfaces.sampler import SamplingConfig, SequenceHistory
 from ferrum_rt.interfaces.types import RequestId, TokenId
 from ferrum_rt.kernels.batch import KvPages
+from ferrum_rt.kernels.cuda.device import DeviceGraph
+from ferrum_rt.kernels.sampling import uniform
 from ferrum_rt.runtime.cuda_executor import CudaExecutor, graph_sizes
 from ferrum_rt.runtime.sampler import BatchSampler
 from ferrum_rt.runtime.step_pieces import piece_sizes
 from tests.fakes.cuda_model import TokenDecoder, TokenOps, draw_by_sample, token_model_info
-from tests.fakes.device import POISON, EmulatedDevice
+from tests.fakes.device import POISON, EmulatedDevice, EmulatedGraph
 from tests.fakes.memory import VOCABULARY, next_token
 
 NUM_SLOTS, NUM_PAGES, BLOCK_SIZE, MAX_LEN, MAX_TOKENS = 5, 12, 4, 24, 40
@@ -59,10 +61,13 @@ class Rig:
             self.executor.capture_graphs(lambda done, total: None)
 
     def replays(self) -> dict[int, int]:
-        """By batch size, how often its graph of decodes was replayed."""
-        sizes = sorted(self.ops.decode_attentions, reverse=True)
-        graphs = self.device.graphs[-len(sizes) :]
-        return {size: graph.num_replays for size, graph in zip(sizes, graphs, strict=True) if graph.num_replays}
+        """By batch size, how often its graph of decodes was replayed, each time with the one draw that follows."""
+        counts = {}
+        for size, graphs in self.executor._graphs.items():
+            forward, *draws = (emulated(graph).num_replays for graph in (graphs.forward, *graphs.draws))
+            assert forward == sum(draws)
+            counts[size] = forward
+        return {size: count for size, count in counts.items() if count}
 
     def start(self, prompts: dict[int, list[int]], **sampling: object) -> list[int]:
         """Give each slot a sequence with two pages of its own; the tokens sampled first."""
@@ -78,6 +83,11 @@ class Rig:
         ]
         prefills = [PrefillInput(slot, [TokenId(t) for t in prompt], 0, True) for slot, prompt in prompts.items()]
         return tokens_of(self.executor.execute(StepInput(assigned, [], [], UnifiedBatch([], prefills))))
+
+
+def emulated(graph: DeviceGraph) -> EmulatedGraph:
+    assert isinstance(graph, EmulatedGraph)
+    return graph
 
 
 @contextmanager
@@ -253,7 +263,7 @@ def test_the_next_step_is_enqueued_before_this_one_ran() -> None:
         first = made.executor.execute(decodes({0: 1}))
         ran = made.device.num_run
         second = made.executor.execute(decodes({0: 2}))
-        graph_length = len(made.device.graphs[-1].operations)
+        graph_length = len(emulated(made.executor._graphs[1].forward).operations)
         assert made.device.num_run - ran < graph_length, "the second launch waited for the first step"
         assert made.device.num_queued >= 2 * graph_length
         assert not first.done()
@@ -353,7 +363,10 @@ def test_a_row_of_nan_fails_alone(has_graphs: bool) -> None:
     """A token of -1 is an error in its own row, and the next step of that slot harms nobody."""
     with rig(has_graphs=False) as made:
         draw = made.executor._draw
-        made.executor._draw = lambda logits, params: draw(logits, params).where(params.seeds == 0, -1)
+        spoilt = uniform(torch.tensor(1), torch.arange(100), torch.tensor(0))
+        made.executor._draw = lambda logits, params, form: draw(logits, params, form).where(
+            ~torch.isin(params.draws, spoilt), -1
+        )
         if has_graphs:
             made.executor.capture_graphs(lambda done, total: None)
         (first,) = made.start({0: [1]})

@@ -12,7 +12,7 @@ from ferrum_rt import EngineFailed, InferenceResponse
 from ferrum_rt.interfaces.types import Device
 from ferrum_rt.runtime.cuda_executor import CudaExecutor
 from ferrum_rt.runtime.runtime import Runtime
-from tests.fakes.device import EmulatedDevice
+from tests.fakes.device import EmulatedDevice, EmulatedGraph
 from tests.runtime.cuda_engines import emulated_engine
 
 pytestmark = pytest.mark.slow
@@ -83,7 +83,8 @@ async def test_outputs_do_not_depend_on_chunks_and_preemption() -> None:
 
 
 async def test_decodes_are_graphs_and_wait_for_nothing() -> None:
-    """While plain requests decode, every step is a replay of one graph, and the executor's thread waits for no result."""
+    """While plain requests decode, every step is a replay of the model's graph and of one draw, and the executor's thread
+    waits for no result."""
     device = EmulatedDevice()
     async with emulated_engine(device, scheduler={"max_running_requests": 2}) as engine:
         executor = engine._model.executor
@@ -91,8 +92,8 @@ async def test_decodes_are_graphs_and_wait_for_nothing() -> None:
         syncs = device.num_syncs
         response = await engine.infer("def ", max_tokens=20, temperature=1.0, ignore_eos=True)
         assert len(response.token_ids) == 20
-        decodes = device.graphs[-len(executor._graphs) :]
-        assert sum(graph.num_replays for graph in decodes) == 19
+        decodes = [graph for graphs in executor._graphs.values() for graph in (graphs.forward, *graphs.draws)]
+        assert sum(graph.num_replays for graph in decodes if isinstance(graph, EmulatedGraph)) == 2 * 19
         assert device.num_syncs == syncs
 
 

@@ -80,7 +80,7 @@ async def generate(engine: Runtime, requests: list[dict[str, Any]]) -> list[Infe
 @pytest.mark.slow
 async def test_tokens_are_those_of_the_ops_alone(device: EmulatedDevice) -> None:
     """Prompts in chunks of a few tokens, four sizes of graphs and one of pieces, ``n`` of two and a row that the graph
-    cannot draw, all at once: greedy tokens are those of CudaOps without an executor."""
+    cannot draw, all at once: greedy tokens are those of CudaOps without an executor. Only greedy draws are made."""
     lengths = [{"max_tokens": NUM_TOKENS - 3 * index} for index in range(3)]
     async with engine_on(device, scheduler={"max_running_requests": 5}, batching={"max_batched_tokens": 8}) as engine:
         found = await generate(engine, [*lengths, {"n": 2}, {"logprobs": 1}])
@@ -90,8 +90,11 @@ async def test_tokens_are_those_of_the_ops_alone(device: EmulatedDevice) -> None
         assert list(found[index].token_ids) == expected[index][: NUM_TOKENS - 3 * index]
     assert [list(output.token_ids) for output in found[3].outputs or ()] == [expected[0]] * 2
     assert list(found[4].token_ids) == expected[1]
-    assert len(device.graphs) == 4 + num_layers + 1
-    assert all(graph.num_replays for graph in device.graphs), "a batch size was never put to the test"
+    pieces, decodes = device.graphs[: num_layers + 1], device.graphs[num_layers + 1 :]
+    assert all(graph.num_replays for graph in pieces)
+    assert len(decodes) == 4 * 4  # a forward and three draws
+    assert all(graph.num_replays for graph in (*decodes[::4], *decodes[1::4])), "a batch size was never put to the test"
+    assert not any(graph.num_replays for graph in (*decodes[2::4], *decodes[3::4]))
 
 
 @pytest.mark.slow
