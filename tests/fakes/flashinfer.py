@@ -98,6 +98,11 @@ class _Paged:
             scores.masked_fill_(distance > plan["window_left"], -torch.inf)
         return torch.einsum("hqk,khd->qhd", torch.softmax(scores, dim=-1), v)
 
+    def reset_workspace_buffer(self, float_workspace_buffer: Tensor, int_workspace_buffer: Tensor) -> None:
+        for workspace in (float_workspace_buffer, int_workspace_buffer):
+            assert workspace.dtype == torch.uint8
+            assert workspace.data_ptr() % 16 == 0
+
 
 class BatchDecodeWithPagedKVCacheWrapper(_Paged):
     """One query a sequence."""
@@ -203,6 +208,46 @@ class BatchDecodeWithPagedKVCacheWrapper(_Paged):
         return out.copy_(torch.cat(rows))
 
 
+def fast_decode_plan(
+    self: BatchDecodeWithPagedKVCacheWrapper,
+    indptr: Tensor,
+    indices: Tensor,
+    last_page_len: Tensor,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    pos_encoding_mode: str = "NONE",
+    window_left: int = -1,
+    logits_soft_cap: float | None = None,
+    q_data_type: Any = None,
+    kv_data_type: Any = None,
+    data_type: Any = None,
+    sm_scale: float | None = None,
+    rope_scale: float | None = None,
+    rope_theta: float | None = None,
+    non_blocking: bool = True,
+    fixed_split_size: int | None = None,
+    disable_split_kv: bool = False,
+    q_len_per_req: int = 1,
+    global_override_indptr_cpu: Tensor | None = None,
+) -> None:
+    """For graphs: the kernel is that of the last plan, and the caller has filled the wrapper's buffers."""
+    _refuse(pos_encoding_mode=pos_encoding_mode != "NONE", rope=rope_scale or rope_theta, data_type=data_type)
+    _refuse(split=fixed_split_size or disable_split_kv, q_len_per_req=q_len_per_req != 1, blocking=not non_blocking)
+    assert self._plan is not None, "no plan has found the kernel yet"
+    assert self._use_cuda_graph
+    assert global_override_indptr_cpu is not None, "it would be read from the device"
+    assert len(last_page_len) == len(self._last_page_len)
+    assert torch.equal(self._indptr, global_override_indptr_cpu)
+    assert torch.equal(self._last_page_len, last_page_len)
+    assert torch.equal(self._indices[: len(indices)], indices)
+    self._take_pages(global_override_indptr_cpu, indices, last_page_len, page_size)
+    shape = (num_qo_heads, num_kv_heads, head_dim, page_size, window_left, logits_soft_cap)
+    planned = _plan(*shape, q_data_type, kv_data_type, sm_scale)
+    assert planned == self._plan, "another kernel"
+
+
 class BatchPrefillWithPagedKVCacheWrapper(_Paged):
     """Any number of queries a sequence."""
 
@@ -267,7 +312,8 @@ class BatchPrefillWithPagedKVCacheWrapper(_Paged):
         _refuse(pos_encoding_mode=pos_encoding_mode != "NONE", rope=rope_scale or rope_theta, o_data_type=o_data_type)
         _refuse(blocking=not non_blocking, prefix=prefix_len_ptr, items=token_pos_in_items_ptr or max_item_len_ptr)
         _refuse(items=token_pos_in_items_len, seq_lens_q=seq_lens_q, block_tables=block_tables)
-        _refuse(lengths=max_token_per_sequence or max_sequence_kv, split=fixed_split_size or disable_split_kv)
+        _refuse(length=max_sequence_kv, split=fixed_split_size or disable_split_kv)
+        assert max_token_per_sequence in (None, int(qo_indptr.diff().max()))
         assert qo_indptr.device.type == "cpu"
         assert qo_indptr.dtype == torch.int32
         assert (qo_indptr[1:] > qo_indptr[:-1]).all()

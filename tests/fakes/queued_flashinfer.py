@@ -37,7 +37,13 @@ class QueuedFlashInfer:
             return partial(self._call, name)
         if name in ("top_k_renorm_probs", "top_p_renorm_probs"):
             return partial(self._renorm, name)
+        if name == "fast_decode_plan":
+            return self._fast_decode_plan
         return partial(_Wrapper, self._device, getattr(flashinfer, name))
+
+    def _fast_decode_plan(self, wrapper: "_Wrapper", *args: Any, **kwargs: Any) -> None:
+        assert not self._device.is_capturing, "a plan is no part of a graph"
+        self._device.enqueue(partial(flashinfer.fast_decode_plan, wrapper.emulation, *args, **kwargs))
 
     def _call(self, name: str, *args: Any, **kwargs: Any) -> None:
         self.num_calls[name] = self.num_calls.get(name, 0) + 1
@@ -62,14 +68,17 @@ class _Wrapper:
         self._device = device
         device.sync()
         with torch._C._DisableTorchDispatch():
-            self._wrapper = kind(*args, **kwargs)
+            self.emulation = kind(*args, **kwargs)
+
+    def reset_workspace_buffer(self, *args: Any) -> None:
+        self.emulation.reset_workspace_buffer(*args)
 
     def plan(self, *args: Any, **kwargs: Any) -> None:
         assert not self._device.is_capturing, "a plan is no part of a graph"
-        self._device.enqueue(partial(self._wrapper.plan, *args, **kwargs))
+        self._device.enqueue(partial(self.emulation.plan, *args, **kwargs))
 
     def run(self, *args: Any, **kwargs: Any) -> None:
-        self._device.enqueue(partial(self._wrapper.run, *args, **kwargs))
+        self._device.enqueue(partial(self.emulation.run, *args, **kwargs))
 
 
 def queued_backend(device: EmulatedDevice) -> CudaBackend:

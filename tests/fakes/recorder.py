@@ -37,6 +37,6 @@ class Recorder:
     def _class(self, cls: type) -> type:
         methods = {
             name: self._function(f"{cls.__name__}.{name}", getattr(cls, name), is_method=True)
-            for name in ("__init__", "plan", "run")
+            for name in ("__init__", "reset_workspace_buffer", "plan", "run")
         }
         return type(cls.__name__, (cls,), methods)

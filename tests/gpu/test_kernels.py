@@ -193,12 +193,20 @@ class Cache:
         return naive(q.double(), k, v, start, kind.scale, kind.window, kind.soft_cap)
 
 
-def check_mixed(kind: AttentionKind, dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
+# Tokens before each sequence's queries, and queries: with the decodes first, as steps have them; with a prompt first; one
+# row in all.
+MIXED = [
+    [(40, 1), (0, 1), (500, 1), (0, 130), (300, 33), (16, 16), (9, 1)],
+    [(16, 16), (500, 1), (300, 33), (0, 1), (0, 130), (40, 1)],
+    [(7, 1)],
+]
+
+
+def check_mixed(kind: AttentionKind, dtype: torch.dtype, kv_dtype: torch.dtype, parts: list[tuple[int, int]]) -> None:
     ops = cuda_ops(dtype, kv_dtype)
-    parts = [(40, 1), (0, 130), (0, 1), (300, 33), (500, 1), (16, 16)]
     cache = Cache(ops, [start + count for start, count in parts], kind, dtype, kv_dtype)
     spans, row = [], 0
-    for slot, (start, count) in reversed(list(enumerate(parts))):
+    for slot, (start, count) in enumerate(parts):
         spans.append(QuerySpan(slot, row, count, start))
         row += count
     q, none = cache.queries(row), torch.zeros(0, dtype=torch.int64)
@@ -209,16 +217,17 @@ def check_mixed(kind: AttentionKind, dtype: torch.dtype, kv_dtype: torch.dtype) 
     close(out, torch.cat([cache.expected(q[s.row : s.row + s.num_tokens], s.slot, s.start) for s in spans]))
 
 
+@pytest.mark.parametrize("parts", MIXED, ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_mixed_steps(kind: AttentionKind) -> None:
-    """Decodes and chunks of prompts in any order of slots, in scattered pages among others full of NaN."""
-    check_mixed(kind, torch.bfloat16, torch.bfloat16)
+def test_mixed_steps(kind: AttentionKind, parts: list[tuple[int, int]]) -> None:
+    """Decodes and chunks of prompts, in scattered pages among others full of NaN."""
+    check_mixed(kind, torch.bfloat16, torch.bfloat16, parts)
 
 
 @pytest.mark.parametrize("kv_dtype", [torch.float16, torch.float8_e4m3fn], ids=str)
 def test_mixed_steps_of_other_types(kv_dtype: torch.dtype) -> None:
     """In float16, and over pages of eight bits."""
-    check_mixed(KINDS[2], torch.float16, kv_dtype)
+    check_mixed(KINDS[2], torch.float16, kv_dtype, MIXED[0])
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -232,6 +232,14 @@ def test_other_head_dims_are_refused(head_dim: int) -> None:
         ops.plan_attention(batch, [kind])
 
 
+def test_more_decodes_than_there_is_room_for() -> None:
+    """What a graph of so many rows would leave beside its results is counted before anything is captured."""
+    ops, kind = cuda_ops(torch.bfloat16), AttentionKind(64, 8, 128, 0.1)
+    ops.decode_attention(256, 1, [kind])
+    with pytest.raises(Unsupported, match="max_running_requests 600.*64 heads of 128"):
+        ops.decode_attention(600, 1, [kind])
+
+
 def test_a_plan_is_for_its_number_of_rows() -> None:
     """Fewer or more rows are an error that says so, not a graph that reads what an earlier step left."""
     decode = cuda_ops(torch.float16).decode_attention(2, 3, [AttentionKind(2, 1, 64, 0.1)])

@@ -20,11 +20,14 @@ from tests.fakes.recorder import Call, Recorder
 real = pytest.importorskip("flashinfer", reason="FlashInfer is not installed")
 pytestmark = pytest.mark.slow
 
-FUNCTIONS = [*IN_PLACE, "top_k_renorm_probs", "top_p_renorm_probs"]
+FUNCTIONS = [*IN_PLACE, "top_k_renorm_probs", "top_p_renorm_probs", "fast_decode_plan"]
 METHODS = [
-    f"{wrapper}.{method}"
-    for wrapper in ("BatchDecodeWithPagedKVCacheWrapper", "BatchPrefillWithPagedKVCacheWrapper")
-    for method in ("__init__", "plan", "run")
+    "BatchDecodeWithPagedKVCacheWrapper.reset_workspace_buffer",
+    *(
+        f"{wrapper}.{method}"
+        for wrapper in ("BatchDecodeWithPagedKVCacheWrapper", "BatchPrefillWithPagedKVCacheWrapper")
+        for method in ("__init__", "plan", "run")
+    ),
 ]
 
 
@@ -70,9 +73,10 @@ def every_call() -> list[Call]:
 def _attend(ops: CudaOps, q: Tensor) -> None:
     kinds = [AttentionKind(6, 2, 64, 0.125), AttentionKind(6, 1, 64, 0.125, 3, 5.0)]
     tables, none = torch.arange(3)[:, None], torch.zeros(0, dtype=torch.int64)
-    batch = TokenBatch(none, none, none, none, [QuerySpan(row, row, 1, 0) for row in range(3)], tables, 4)
+    batch = TokenBatch(none, none, none, none, [QuerySpan(0, 0, 1, 0), QuerySpan(1, 1, 2, 0)], tables, 4)
     decode = ops.decode_attention(3, 1, kinds)
-    decode.replan([0, 1, 2], [1, 1, 1], tables)
+    for _ in ("the first time", "and later"):
+        decode.replan([0, 1, 2], [1, 1, 1], tables)
     out = ops.empty((3, 6 * 64), q.dtype)
     for plan in (ops.plan_attention(batch, kinds), decode.plan):
         for kind in kinds:

@@ -15,12 +15,16 @@ from torch import Tensor
 
 from ferrum_rt.interfaces.errors import Unsupported
 from ferrum_rt.interfaces.tensor import AttentionKind, KvLayer
-from ferrum_rt.kernels.batch import TokenBatch
+from ferrum_rt.kernels.batch import QuerySpan, TokenBatch
 
 HEAD_DIMS = (64, 128, 256)
 WORKSPACE_BYTES = 384 * 2**20
-"""For partial results of split sequences: at most 2 * SMs * heads per group * queries per tile * head dim * 4 are taken."""
+"""For partial results of split sequences: without graphs 2 * SMs * heads per group * queries per tile * head dim * 4 at
+most, with graphs as ``_check_workspace`` has it."""
+_PLAN_BYTES = 8 * 2**20  # as much as a wrapper allocates of its own accord
 _TENSOR_CORES_FROM = 4
+_TILE = 16  # rows of queries and heads that share keys
+_PROCESSORS = 132  # an H100's, where there is no device to ask
 
 
 class AttentionSetup(NamedTuple):
@@ -75,29 +79,61 @@ def check_kind(kind: AttentionKind) -> None:
         raise Unsupported(f"head_dim {kind.head_dim}: attention on CUDA takes 64, 128 or 256; use the device 'cpu'")
 
 
+class PlannedRows(NamedTuple):
+    """A planned wrapper, and the rows that it is planned for: from ``first`` to before ``end``."""
+
+    wrapper: Any
+    first: int
+    end: int
+
+
+Plan = dict[AttentionKind, list[PlannedRows]]
+
+
 class EagerAttention:
-    """Attention of steps of any shape: chunks of prompts, and decodes as rows of one query. One plan is valid at a time."""
+    """Attention of steps of any shape: sequences with one query, and behind them chunks of prompts. What comes first takes
+    the kernels for decodes: those for prompts have tiles of 128 queries. One plan is valid at a time."""
 
     def __init__(self, setup: AttentionSetup) -> None:
         self._setup = setup
-        self._wrappers: dict[AttentionKind, Any] = {}
+        self._decodes: dict[AttentionKind, Any] = {}
+        self._prompts: dict[AttentionKind, Any] = {}
         self._planned: torch.cuda.Event | None = None
 
-    def plan(self, batch: TokenBatch, kinds: Sequence[AttentionKind]) -> dict[AttentionKind, Any]:
-        """A planned wrapper for each kind. Raises Unsupported."""
+    def plan(self, batch: TokenBatch, kinds: Sequence[AttentionKind]) -> Plan:
+        """Raises Unsupported."""
         self._wait_for_staging()
-        setup = self._setup
-        counts = [span.num_tokens for span in batch.spans]
-        pages = list_pages(
-            [span.slot for span in batch.spans],
-            [span.start + span.num_tokens for span in batch.spans],
-            batch.block_tables,
-            setup.block_size,
-        )
-        device = batch.block_tables.device
-        query_indptr = _pinned(np.cumsum([0, *counts], dtype=np.int32), device)
         for kind in kinds:
-            self._wrapper(kind).plan(
+            check_kind(kind)
+        spans, plan = batch.spans, Plan({kind: [] for kind in kinds})
+        num_decodes = next((row for row, span in enumerate(spans) if span.num_tokens > 1), len(spans))
+        if num_decodes:
+            self._plan_decodes(plan, spans[:num_decodes], batch.block_tables)
+        if num_decodes < len(spans):
+            self._plan_prompts(plan, spans[num_decodes:], batch.block_tables, num_decodes)
+        if batch.block_tables.device.type == "cuda":
+            self._planned = torch.cuda.Event()
+            self._planned.record()
+        return plan
+
+    def _plan_decodes(self, plan: Plan, spans: Sequence[QuerySpan], block_tables: Tensor) -> None:
+        setup, pages = self._setup, self._pages(spans, block_tables)
+        for kind, parts in plan.items():
+            if kind not in self._decodes:
+                self._decodes[kind] = _decode_wrapper(setup, kind)
+            wrapper = self._decodes[kind]
+            wrapper.plan(pages.indptr, pages.indices, pages.last_page_len, *_sizes(kind, setup), **_options(kind, setup))
+            parts.append(PlannedRows(wrapper, 0, len(spans)))
+
+    def _plan_prompts(self, plan: Plan, spans: Sequence[QuerySpan], block_tables: Tensor, first: int) -> None:
+        setup, pages = self._setup, self._pages(spans, block_tables)
+        counts = [span.num_tokens for span in spans]
+        query_indptr = _pinned(np.cumsum([0, *counts], dtype=np.int32), block_tables.device)
+        for kind, parts in plan.items():
+            if kind not in self._prompts:
+                wrapper = setup.flashinfer.BatchPrefillWithPagedKVCacheWrapper
+                self._prompts[kind] = wrapper(setup.workspace, "NHD")
+            self._prompts[kind].plan(
                 query_indptr,
                 pages.indptr,
                 pages.indices,
@@ -106,24 +142,38 @@ class EagerAttention:
                 causal=True,
                 **_options(kind, setup),
                 seq_lens=pages.num_tokens,  # pinned; what plan would make of the others is not
+                max_token_per_sequence=max(counts),
             )
-        if device.type == "cuda":
-            self._planned = torch.cuda.Event()
-            self._planned.record()
-        return {kind: self._wrappers[kind] for kind in kinds}
+            parts.append(PlannedRows(self._prompts[kind], first, first + sum(counts)))
 
-    def _wrapper(self, kind: AttentionKind) -> Any:
-        if kind not in self._wrappers:
-            check_kind(kind)
-            wrapper = self._setup.flashinfer.BatchPrefillWithPagedKVCacheWrapper
-            self._wrappers[kind] = wrapper(self._setup.workspace, "NHD")
-        return self._wrappers[kind]
+    def _pages(self, spans: Sequence[QuerySpan], block_tables: Tensor) -> PageList:
+        slots, lengths = [span.slot for span in spans], [span.start + span.num_tokens for span in spans]
+        return list_pages(slots, lengths, block_tables, self._setup.block_size)
 
     def _wait_for_staging(self) -> None:
         """A plan is written to pinned memory of the wrapper's own and copied from there in stream order. The next may be
         written only after that copy; the step before the last has ended by then, or the host is too far ahead."""
         if self._planned is not None:
             self._planned.synchronize()
+
+
+class DecodeBuffers(NamedTuple):
+    """What ``DecodeAttention``s of all sizes share, for one of them is valid at a time: a PageList on the device, and for
+    each kind [bytes] that FlashInfer lays a plan out in."""
+
+    indptr: Tensor
+    indices: Tensor
+    last_page_len: Tensor
+    plans: list[Tensor]
+
+
+def decode_buffers(num_rows: int, max_pages: int, num_kinds: int, device: str) -> DecodeBuffers:
+    """For up to so many decodes of up to so many pages each."""
+    indptr, indices, last_page_len = (
+        torch.zeros(count, dtype=torch.int32, device=device) for count in (num_rows + 1, num_rows * max_pages, num_rows)
+    )
+    plans = [torch.empty(_PLAN_BYTES, dtype=torch.uint8, device=device) for _ in range(num_kinds)]
+    return DecodeBuffers(indptr, indices, last_page_len, plans)
 
 
 class DecodeAttention:
@@ -135,29 +185,27 @@ class DecodeAttention:
     graph that was captured at one length is right at any other.
     """
 
-    plan: dict[AttentionKind, Any]
+    plan: Plan
 
-    def __init__(self, setup: AttentionSetup, num_rows: int, max_pages: int, kinds: Sequence[AttentionKind]) -> None:
+    def __init__(self, setup: AttentionSetup, buffers: DecodeBuffers, num_rows: int, kinds: Sequence[AttentionKind]) -> None:
         self._setup = setup
-        self._num_rows = num_rows
-        device = setup.workspace.device
-        indptr = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
-        indices = torch.zeros(num_rows * max_pages, dtype=torch.int32, device=device)
-        last_page_len = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        self._num_rows, self._is_planned = num_rows, False
+        self._indptr, self._indices = buffers.indptr[: num_rows + 1], buffers.indices
+        self._last_page_len = buffers.last_page_len[:num_rows]
         self.plan = {}
-        for kind in kinds:
+        for kind, laid_out in zip(kinds, buffers.plans, strict=True):
             check_kind(kind)
-            # The kinds share buffers: the pages are the same for all.
-            self.plan[kind] = setup.flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-                setup.workspace,
-                "NHD",
+            _check_workspace(kind, num_rows, setup.workspace.device)
+            wrapper = _decode_wrapper(
+                setup,
+                kind,
                 use_cuda_graph=True,
-                use_tensor_cores=_uses_tensor_cores(kind),
-                paged_kv_indptr_buffer=indptr,
-                paged_kv_indices_buffer=indices,
-                paged_kv_last_page_len_buffer=last_page_len,
-                backend="fa2",
+                paged_kv_indptr_buffer=self._indptr,
+                paged_kv_indices_buffer=self._indices,
+                paged_kv_last_page_len_buffer=self._last_page_len,
             )
+            wrapper.reset_workspace_buffer(setup.workspace, laid_out)
+            self.plan[kind] = [PlannedRows(wrapper, 0, num_rows)]
 
     def replan(self, slots: Sequence[int], num_tokens: Sequence[int], block_tables: Tensor) -> None:
         """Before each replay, and before the capture: row i attends to the first ``num_tokens[i]`` tokens of ``slots[i]``,
@@ -167,14 +215,19 @@ class DecodeAttention:
             raise ValueError(f"slots: {len(slots)} rows for a plan of {self._num_rows}")
         setup = self._setup
         pages = list_pages(slots, num_tokens, block_tables, setup.block_size)
-        for kind, wrapper in self.plan.items():
-            wrapper.plan(
-                pages.indptr,
-                pages.indices,
-                pages.last_page_len,
-                *_sizes(kind, setup),
-                **_options(kind, setup),
-            )
+        self._indptr.copy_(pages.indptr, non_blocking=True)
+        self._indices[: len(pages.indices)].copy_(pages.indices)
+        self._last_page_len.copy_(pages.last_page_len, non_blocking=True)
+        for kind, ((wrapper, _, _),) in self.plan.items():
+            where = (pages.indptr, pages.indices, pages.last_page_len, *_sizes(kind, setup))
+            if self._is_planned:
+                # The other way takes Python's maximum of a tensor: 0.7 ms for 256 lengths.
+                setup.flashinfer.fast_decode_plan(
+                    wrapper, *where, **_options(kind, setup), global_override_indptr_cpu=pages.indptr
+                )
+            else:
+                wrapper.plan(*where, **_options(kind, setup))
+        self._is_planned = True
 
 
 class AttentionCall(NamedTuple):
@@ -199,16 +252,35 @@ class AttentionGaps:
         self.calls.append(call)
 
 
-def attend(
-    out: Tensor, q: Tensor, layer: KvLayer[Tensor], plan: dict[AttentionKind, Any], kind: AttentionKind, block_size: int
-) -> None:
+def attend(out: Tensor, q: Tensor, layer: KvLayer[Tensor], plan: Plan, kind: AttentionKind, block_size: int) -> None:
     """Attention of q [N, heads, dim] over the pages, into out [N, heads * dim].
 
     Keys and values are strided views of the pages. Every kernel that can be chosen here takes its strides from the tensors;
     the CUDA-core decode and FA3 want those of the keys and the values to be the same, which they are.
     """
     keys, values = layer.data.view(-1, block_size, *layer.data.shape[1:]).unbind(2)
-    plan[kind].run(q, (keys, values), out=out.view(q.shape))
+    for wrapper, first, end in plan[kind]:
+        wrapper.run(q[first:end], (keys, values), out=out.view(q.shape)[first:end])
+
+
+def _decode_wrapper(setup: AttentionSetup, kind: AttentionKind, **graph: Any) -> Any:
+    wrapper = setup.flashinfer.BatchDecodeWithPagedKVCacheWrapper
+    return wrapper(setup.workspace, "NHD", use_tensor_cores=_uses_tensor_cores(kind), backend="fa2", **graph)
+
+
+def _check_workspace(kind: AttentionKind, num_rows: int, device: torch.device) -> None:
+    """Raise Unsupported where a graph's partial results, which FA2 sizes by the number of rows, do not fit."""
+    if not _uses_tensor_cores(kind):
+        return
+    is_cuda = device.type == "cuda"
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else _PROCESSORS
+    num_tiles = -(-num_rows * kind.num_heads // (kind.num_kv_heads * _TILE)) + num_rows - 1
+    num_tiles = max(2 * processors // kind.num_kv_heads, num_tiles)
+    if kind.num_heads * num_tiles * _TILE * (kind.head_dim + 1) * 4 > WORKSPACE_BYTES:
+        raise Unsupported(
+            f"scheduler.max_running_requests {num_rows}: partial results of so many decodes with {kind.num_heads} heads of "
+            f"{kind.head_dim} do not fit in the {WORKSPACE_BYTES >> 20} MiB that there are for them; lower it"
+        )
 
 
 def _uses_tensor_cores(kind: AttentionKind) -> bool:

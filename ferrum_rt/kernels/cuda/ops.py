@@ -19,8 +19,10 @@ from ferrum_rt.kernels.cuda.attention import (
     AttentionGaps,
     AttentionSetup,
     DecodeAttention,
+    DecodeBuffers,
     EagerAttention,
     attend,
+    decode_buffers,
 )
 from ferrum_rt.kernels.cuda.experts import StackedExperts, combine, grouped_linear, route, stack_experts
 from ferrum_rt.kernels.cuda.norms import HeadRun, NarrowWeight, head_runs, narrow
@@ -54,6 +56,7 @@ class CudaOps(ReferenceOps):
         workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._setup = AttentionSetup(self._flashinfer, dtype, kv_dtype, block_size, workspace)
         self._eager = EagerAttention(self._setup)
+        self._decode_buffers: DecodeBuffers | None = None
         # What was made of a weight at its first use, by the weight's id; the weight is kept so that the id stays its own.
         self._prepared: dict[int, tuple[Any, Any]] = {}
 
@@ -67,8 +70,12 @@ class CudaOps(ReferenceOps):
         return self._eager.plan(batch, kinds)
 
     def decode_attention(self, num_rows: int, max_pages: int, kinds: Sequence[AttentionKind]) -> DecodeAttention:
-        """For a CUDA graph of ``num_rows`` decodes of up to ``max_pages`` pages each. Raises Unsupported."""
-        return DecodeAttention(self._setup, num_rows, max_pages, kinds)
+        """For a CUDA graph of ``num_rows`` decodes of up to ``max_pages`` pages each; make the largest first, whose buffers
+        the others use too. Raises Unsupported."""
+        held = self._decode_buffers
+        if held is None or len(held.last_page_len) < num_rows or len(held.indices) < num_rows * max_pages:
+            held = self._decode_buffers = decode_buffers(num_rows, max_pages, len(kinds), self.device)
+        return DecodeAttention(self._setup, held, num_rows, kinds)
 
     def rms_norm(self, out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
         self._norm(out, x, self._narrow(weight), eps)
