@@ -4,7 +4,7 @@ Randomness is one uniform number per token, computed from (seed, position, sampl
 cumulative distribution: what else is in the batch cannot change a draw. No row is ever sorted whole if a part will do:
 maxima of blocks say where the candidates are.
 
-Work is done in ``Workspace`` rows: float32, [R, width], of which ``vocab_size`` columns are tokens and the others -inf.
+Work is done in rows of ``workspace``: float32, [R, width], of which ``vocab_size`` columns are tokens and the others -inf.
 """
 
 import math
