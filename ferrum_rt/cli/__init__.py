@@ -62,18 +62,19 @@ def _parser() -> Parser:
     parser = Parser(prog="ferrum-rt", description="Run language models on this machine.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"ferrum-rt {ferrum_rt.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    connect = "use the model of the daemon at SOCKET, or of your own daemon; the PROMPT goes before it"
 
     sub = commands.add_parser("run", help="continue a text", allow_abbrev=False)
     sub.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input")
     add_engine_options(sub)
-    add_connect_option(sub)
+    add_connect_option(sub, connect)
     add_sampling_options(sub)
     add_json_option(sub)
     sub.set_defaults(command=run)
 
     sub = commands.add_parser("chat", help="talk with a model", allow_abbrev=False)
     add_engine_options(sub)
-    add_connect_option(sub)
+    add_connect_option(sub, connect)
     add_sampling_options(sub)
     sub.set_defaults(command=chat)
 

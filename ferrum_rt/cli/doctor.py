@@ -13,7 +13,7 @@ import msgspec
 import ferrum_rt
 from ferrum_rt.cli.machine import installed_version, proc_fields
 from ferrum_rt.cli.options import UsageError
-from ferrum_rt.cli.output import one_line
+from ferrum_rt.cli.output import facts, one_line
 from ferrum_rt.interfaces.types import ModelId
 
 _PACKAGES = ("torch", "tokenizers", "msgspec", "anyio", "uvloop")
@@ -78,8 +78,7 @@ def _build(targets: list[str] | None) -> int:
         if name not in TARGETS:
             raise UsageError(f"argument --target: {name!r} is none of {', '.join(TARGETS)}")
     libraries = {name: build_ahead(name) for name in targets} if targets else {"native": build_native()}
-    for name, library in libraries.items():
-        print(f"{name:<18}{library}")
+    print(facts(libraries.items()))
     return 0
 
 
@@ -160,7 +159,7 @@ async def _generate(model: str | None) -> SelfTest:
 def _as_text(report: Report) -> str:
     gib = 2**30
     test, kernels = report.self_test, report.cpu_kernels
-    lines = {
+    named = {
         **{name: version or "not installed" for name, version in report.versions.items()},
         **{name: "importable" if found else "not installed" for name, found in report.importable.items()},
         "cpu": f"{report.cpu}, {report.cores} cores",
@@ -172,4 +171,4 @@ def _as_text(report: Report) -> str:
         "cuda tools": " ".join(name for name, found in report.cuda_tools.items() if found) or "none on the PATH",
         "self test": f"ok: {test.model} continues {_PROMPT!r} with {test.text!r}" if test.ok else f"failed: {test.error}",
     }
-    return "\n".join(f"{name:<18}{value}" for name, value in lines.items())
+    return facts(named.items())

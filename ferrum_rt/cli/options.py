@@ -1,8 +1,10 @@
 """Options that several commands share, and what they mean to the engine. Checked before torch is loaded."""
 
 import argparse
+from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -16,6 +18,8 @@ from ferrum_rt.interfaces.types import DataType, Device, SamplingParams
 # Options that go by the same name in open_runtime and in SamplingParams.
 _ENGINE = ("device", "dtype", "kv_dtype", "load_format")
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+# Options that say which engine is opened.
+ENGINE_OPTIONS = ("model", "config", *_ENGINE)
 
 
 class UsageError(Exception):
@@ -39,13 +43,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--load-format", choices=["auto", "dummy"], help="dummy: random weights of the model's shape")
 
 
-def add_connect_option(parser: argparse.ArgumentParser) -> None:
+def add_connect_option(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument(
         "--connect",
         metavar="SOCKET",
         nargs="?",
         default=argparse.SUPPRESS,  # no attribute: not given; None: given without a path
-        help="use the model of the daemon at SOCKET, or of your own daemon; the PROMPT goes before it",
+        help=help,
     )
 
 
@@ -63,8 +67,8 @@ def open_engine(arguments: argparse.Namespace) -> AbstractAsyncContextManager[In
     torch here. Raises ConfigError, and UsageError for an option that would mean nothing to a daemon."""
     if "connect" not in arguments:
         return ferrum_rt.open_runtime(config=engine_config(arguments))
-    for name in _given(arguments, ("model", "config", *_ENGINE)):
-        raise UsageError(f"argument --{name.replace('_', '-')}: not with --connect: the daemon has opened its model already")
+    for name in given_options(arguments, ENGINE_OPTIONS):
+        raise UsageError(f"argument {option_name(name)}: not with --connect: the daemon has opened its model already")
     return ferrum_rt.connect(arguments.connect)
 
 
@@ -76,15 +80,21 @@ def engine_config(arguments: argparse.Namespace) -> EngineConfig:
 
 def engine_fields(arguments: argparse.Namespace) -> dict[str, object]:
     """The keywords of open_runtime that were given as options, and a bar for the person at the terminal."""
-    return _given(arguments, _ENGINE) | {"monitoring": {"progress": True}}
+    return given_options(arguments, _ENGINE) | {"monitoring": {"progress": True}}
 
 
 def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
     """Raises RequestValidationError."""
-    params = msgspec.convert(_given(arguments, _SAMPLING), SamplingParams)
+    params = msgspec.convert(given_options(arguments, _SAMPLING), SamplingParams)
     check_sampling(params)
     return params
 
 
-def _given(arguments: argparse.Namespace, names: tuple[str, ...]) -> dict[str, object]:
-    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+def given_options(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Those of ``names`` that the command has and the user has given."""
+    return {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
+
+
+def option_name(name: str) -> str:
+    """As it is typed."""
+    return f"--{name.replace('_', '-')}"

@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 
+from ferrum_rt.interfaces.types import ModelInfo
+
 
 def report_error(error: Exception) -> None:
     """One line on standard error, whatever the message looks like."""
@@ -14,6 +16,15 @@ def report_error(error: Exception) -> None:
 
 def one_line(message: object) -> str:
     return " ".join(str(message).split())
+
+
+def described_model(model: ModelInfo) -> str:
+    return f"{model.id} ({model.type.value}, {model.dtype.value}, {model.device.value})"
+
+
+def facts(named: Iterable[tuple[str, object]]) -> str:
+    """A line each."""
+    return "\n".join(f"{name:<18}{value}" for name, value in named)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -3,7 +3,7 @@
 import argparse
 from functools import partial
 
-from ferrum_rt.cli.options import add_engine_options, engine_fields
+from ferrum_rt.cli.options import add_engine_options, engine_fields, given_options
 from ferrum_rt.daemon.config import load_serve_config
 
 # Options that go by the same name in the configuration's table daemon.
@@ -26,7 +26,7 @@ def serve(arguments: argparse.Namespace) -> int:
         load_serve_config,
         arguments.config,
         model=arguments.model,
-        daemon={name: value for name in _DAEMON if (value := getattr(arguments, name)) is not None},
+        daemon=given_options(arguments, _DAEMON),
         fields=engine_fields(arguments),
     )
     config = read_config()  # what is wrong with it is said before torch is loaded

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import msgspec
 
-from ferrum_rt.cli.options import UsageError
-from ferrum_rt.cli.output import seconds, table
+from ferrum_rt.cli.options import UsageError, given_options, option_name
+from ferrum_rt.cli.output import facts, seconds, table
 from ferrum_rt.cli.simulate_options import DRAWN
 from ferrum_rt.interfaces.config import EngineConfig, build_config, load_config
 from ferrum_rt.interfaces.types import Arrival
@@ -47,10 +47,10 @@ def simulate(arguments: argparse.Namespace) -> int:
 
 
 def _arrivals(arguments: argparse.Namespace) -> list[Arrival]:
-    given = {name: value for name in DRAWN if (value := getattr(arguments, name)) is not None}
+    given = given_options(arguments, DRAWN)
     if arguments.trace is not None:
         for name in given:
-            raise UsageError(f"argument --{name.replace('_', '-')}: not with --trace, which says what requests there are")
+            raise UsageError(f"argument {option_name(name)}: not with --trace, which says what requests there are")
         return read_trace(arguments.trace)
     for name in ("requests", "deadline"):
         if name in given:
@@ -97,7 +97,7 @@ def _costs(arguments: argparse.Namespace) -> CostModel:
 def _positive(arguments: argparse.Namespace, name: str) -> float:
     value: float = getattr(arguments, name)
     if not value > 0:
-        raise UsageError(f"argument --{name.replace('_', '-')}: must be more than 0, got {value:g}")
+        raise UsageError(f"argument {option_name(name)}: must be more than 0, got {value:g}")
     return value
 
 
@@ -105,7 +105,6 @@ def _positive(arguments: argparse.Namespace, name: str) -> float:
 
 
 def _as_text(report: CapacityReport) -> str:
-    facts = "\n".join(f"{name:<18}{value}" for name, value in _facts(report))
     clients = report.clients if len(report.clients) > 1 else []
     header = (
         "client",
@@ -121,7 +120,7 @@ def _as_text(report: CapacityReport) -> str:
         "p99",
         "in SLO",
     )
-    return f"{facts}\n\n{table(header, [_row(client) for client in (*clients, report.total)])}"
+    return f"{facts(_facts(report))}\n\n{table(header, [_row(client) for client in (*clients, report.total)])}"
 
 
 def _facts(report: CapacityReport) -> Iterator[tuple[str, str]]:

@@ -9,10 +9,11 @@ import msgspec
 
 import ferrum_rt
 from ferrum_rt.cli.options import UsageError
-from ferrum_rt.cli.output import one_line
-from ferrum_rt.interfaces.errors import ConnectionLost, NotFound
+from ferrum_rt.cli.output import described_model, facts, one_line
+from ferrum_rt.interfaces.errors import NotFound
 from ferrum_rt.interfaces.types import Arrival, EngineMetrics, EngineStatus, HealthStatus, to_builtins
 from ferrum_rt.ipc.address import socket_path
+from ferrum_rt.ipc.connection import answer_within
 
 LIMIT_S = 10.0
 _MIB = 2**20
@@ -34,20 +35,17 @@ def status(arguments: argparse.Namespace) -> int:
     if not isinstance(found, Report):
         _write(found, arguments.arrivals)
         return 0
-    print(msgspec.json.encode(found).decode() if arguments.json else _as_text(found))
+    print(msgspec.json.encode(found).decode() if arguments.json else facts(_facts(found)))
     return 0 if found.health.healthy else 1
 
 
 async def _ask(path: Path, wants_arrivals: bool) -> Report | list[Arrival]:
-    try:
-        with anyio.fail_after(LIMIT_S):
-            async with ferrum_rt.connect(path) as engine:
-                if wants_arrivals:
-                    return await engine.fetch_arrivals()
-                status, health = await engine.status(), await engine.health_check()
-                return Report(status=status, health=health, metrics=engine.metrics())
-    except TimeoutError as error:
-        raise ConnectionLost(f"{path}: the daemon did not answer within {LIMIT_S:g} s") from error
+    with answer_within(LIMIT_S, path):
+        async with ferrum_rt.connect(path) as engine:
+            if wants_arrivals:
+                return await engine.fetch_arrivals()
+            status, health = await engine.status(), await engine.health_check()
+            return Report(status=status, health=health, metrics=engine.metrics())
 
 
 def _write(arrivals: Sequence[Arrival], place: str) -> None:
@@ -64,15 +62,11 @@ def _write(arrivals: Sequence[Arrival], place: str) -> None:
         raise UsageError(f"argument --arrivals: {place}: cannot be written: {error.strerror}") from error
 
 
-def _as_text(report: Report) -> str:
-    return "\n".join(f"{name:<18}{value}" for name, value in _lines(report))
-
-
-def _lines(report: Report) -> Iterator[tuple[str, str]]:
+def _facts(report: Report) -> Iterator[tuple[str, str]]:
     status, metrics = report.status, report.metrics
     model, memory, tokens = status.model, status.memory, metrics.scheduler
     yield "state", status.state.value
-    yield "model", "none" if model is None else f"{model.id} ({model.type.value}, {model.dtype.value}, {model.device.value})"
+    yield "model", "none" if model is None else described_model(model)
     yield "uptime", f"{status.uptime_s:.1f} s"
     yield "requests", _counts(status.requests)
     yield "pages", _counts(status.pages)

@@ -15,15 +15,16 @@ import anyio
 
 import ferrum_rt
 from ferrum_rt.cli.output import discard_stdout
+from ferrum_rt.cli.status import LIMIT_S
 from ferrum_rt.cli.top_picture import Look, picture
-from ferrum_rt.interfaces.errors import ConnectionLost, PermissionDenied, first_of
+from ferrum_rt.interfaces.errors import PermissionDenied, first_of
 from ferrum_rt.interfaces.types import SchedulerDiagnostics
 from ferrum_rt.ipc.address import socket_path
+from ferrum_rt.ipc.connection import answer_within
 
 if TYPE_CHECKING:
     from ferrum_rt.ipc.client import Client
 
-LIMIT_S = 10.0
 _LEAST_INTERVAL_S, _MOST_INTERVAL_S = 0.1, 3600.0
 _USUAL = os.terminal_size((80, 24))
 # To the alternate screen, without a cursor, and back.
@@ -78,13 +79,10 @@ async def _live(path: Path, interval_s: float) -> int:
 
 
 async def _look(engine: "Client", path: Path) -> Look:
-    try:
-        with anyio.fail_after(LIMIT_S):
-            engine.metrics()  # asks for newer ones, which come before the answer to what is asked next
-            status = await engine.status()
-            return Look(status=status, metrics=engine.metrics(), diagnostics=await _diagnostics(engine))
-    except TimeoutError as error:
-        raise ConnectionLost(f"{path}: the daemon did not answer within {LIMIT_S:g} s") from error
+    with answer_within(LIMIT_S, path):
+        engine.metrics()  # asks for newer ones, which come before the answer to what is asked next
+        status = await engine.status()
+        return Look(status=status, metrics=engine.metrics(), diagnostics=await _diagnostics(engine))
 
 
 async def _diagnostics(engine: "Client") -> SchedulerDiagnostics | None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import msgspec
 
+from ferrum_rt.cli.output import described_model
 from ferrum_rt.interfaces.types import ClientDiagnostics, ClientId, EngineMetrics, EngineStatus, SchedulerDiagnostics
 
 _LABEL = 11
@@ -74,7 +75,7 @@ class _Since:
 def _engine(since: _Since, width: int) -> Iterator[str]:
     status, metrics = since.now.status, since.now.metrics
     requests, scheduler, model = status.requests, metrics.scheduler, status.model
-    name = "no model" if model is None else f"{model.id} ({model.type.value}, {model.dtype.value}, {model.device.value})"
+    name = "no model" if model is None else described_model(model)
     yield f"ferrum-rt top   {name}   {status.state.value}   up {_duration(status.uptime_s)}"
     yield ""
     yield _labelled("requests", f"running {requests.running}, waiting {requests.waiting}, parked {requests.parked}")

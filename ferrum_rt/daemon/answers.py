@@ -12,7 +12,7 @@ from ferrum_rt.ipc.framing import MAX_FRAME_BYTES
 from ferrum_rt.ipc.messages import EndSession, ForkSession, Query, Refused, Report
 from ferrum_rt.runtime.runtime import Runtime
 
-# An error may quote what a client sent, or what a chat template made of it.
+# An error may quote what a client sent.
 MAX_FAILURE_LENGTH = 2000
 _MAX_REPORT_BYTES = MAX_FRAME_BYTES - 1024
 

@@ -31,8 +31,9 @@ class DecodeInput(msgspec.Struct, gc=False):
 
 
 class UnifiedBatch(msgspec.Struct):
-    """What one step computes: decodes and prefill chunks together, a sequence at most once. Where they are greedy decodes
-    alone they may go ``num_rounds`` times, each time at the next position and with the token just sampled."""
+    """What one step computes: decodes and prefill chunks together, a sequence at most once. Where they are decodes
+    alone, all plain (``SamplingConfig.is_plain``: greedy or drawn), they may go ``num_rounds`` times, each time at the next
+    position and with the token just sampled."""
 
     decodes: list[DecodeInput]
     prefills: list[PrefillInput]

@@ -44,7 +44,7 @@ from ferrum_rt.interfaces.types import (
     StreamChunk,
 )
 from ferrum_rt.ipc.address import socket_path
-from ferrum_rt.ipc.connection import Connection
+from ferrum_rt.ipc.connection import Connection, answer_within
 from ferrum_rt.ipc.convert import to_wire
 from ferrum_rt.ipc.framing import encode, server_decoder
 from ferrum_rt.ipc.messages import (
@@ -109,12 +109,9 @@ class Client:
         self._tasks_scope = anyio.CancelScope()
         async with AsyncExitStack() as stack:
             self._connection = stack.enter_context(closing(Connection(self._path)))
-            try:
-                with anyio.fail_after(CONNECT_LIMIT_S):
-                    await self._connection.open()
-                    await self._greet()
-            except TimeoutError as error:
-                raise ConnectionLost(f"{self._path}: the daemon did not answer within {CONNECT_LIMIT_S:g} s") from error
+            with answer_within(CONNECT_LIMIT_S, self._path):
+                await self._connection.open()
+                await self._greet()
             tasks = await stack.enter_async_context(anyio.create_task_group())
             tasks.start_soon(self._run, name="ferrum client")
             self._exit_stack = stack.pop_all()

@@ -1,6 +1,8 @@
 """A Unix socket to a daemon, on whatever event loop anyio runs."""
 
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import anyio
@@ -8,6 +10,16 @@ import anyio
 from ferrum_rt.interfaces.errors import ConnectionLost, NotFound, PermissionDenied
 
 _RECEIVE_BYTES = 65536
+
+
+@contextmanager
+def answer_within(limit_s: float, path: Path) -> Iterator[None]:
+    """Raises ConnectionLost when the daemon at ``path`` has not answered by then."""
+    try:
+        with anyio.fail_after(limit_s):
+            yield
+    except TimeoutError as error:
+        raise ConnectionLost(f"{path}: the daemon did not answer within {limit_s:g} s") from error
 
 
 class Connection:

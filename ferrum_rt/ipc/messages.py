@@ -106,7 +106,7 @@ class WireRequest(_Struct, frozen=True, kw_only=True):
 
 
 class Hello(_Message, frozen=True, kw_only=True, tag="hello"):
-    """The first message. ``client`` is a name for logs and metrics."""
+    """The first message. ``client`` and ``trace`` may be there and are not used: each Submit brings its own trace."""
 
     version: int
     client: Name = ""

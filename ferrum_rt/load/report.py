@@ -18,16 +18,11 @@ _TEMPLATE = Path(__file__).with_name("report.html.j2")
 _AS_TEXT = {kind.__name__: kind for kind in (shown.seconds, shown.rate, shown.share, shown.count, shown.plain)}
 
 
-def _require_matplotlib() -> None:
-    """Raises ConfigError if nothing could be drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("a report's figures need matplotlib; install it with: pip install 'ferrum-rt[plot]'")
-
-
 def write_report(result: LoadResult | SweepResult, path: Path) -> None:
     """Each number on it has its place in the result (``data-key``) and its exact value (``data-value``) beside what
     is shown. Raises ConfigError without matplotlib."""
-    _require_matplotlib()
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("a report's figures need matplotlib; install it with: pip install 'ferrum-rt[plot]'")
     path.write_text(_page(result), encoding="utf-8")
 
 

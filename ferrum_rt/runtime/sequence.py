@@ -12,7 +12,7 @@ from ferrum_rt.interfaces.types import Priority, TokenId
 
 
 class SequenceState(enum.Enum):
-    """Changed by the scheduler alone. A held one waits for the first sample of its request to compute their prompt. A parked
+    """Changed by ``Roster`` alone. A held one waits for the first sample of its request to compute their prompt. A parked
     sequence may hold a slot and pages, or have lost them to others."""
 
     HELD = enum.auto()

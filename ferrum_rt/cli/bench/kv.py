@@ -11,7 +11,7 @@ from torch import Tensor
 
 import ferrum_rt
 from ferrum_rt.cli.options import UsageError, engine_config
-from ferrum_rt.cli.output import table
+from ferrum_rt.cli.output import described_model, table
 from ferrum_rt.interfaces.config import EngineConfig
 from ferrum_rt.interfaces.errors import ModelError, Unsupported
 from ferrum_rt.interfaces.kv_dtype import KvDtypeKind
@@ -138,7 +138,6 @@ def _kv_report(
 
 
 def _as_text(report: Report) -> str:
-    model = report.model
     where = f"of the last {report.num_scored} of {report.num_tokens} tokens beside those with {_BASE.value}"
     header = ["KV dtype", "bytes/token", "of bfloat16", "RMS error", "largest error", "same best token"]
     rows = [
@@ -153,6 +152,6 @@ def _as_text(report: Report) -> str:
         for kv in report.kv_dtypes
     ]
     return (
-        f"{model.id} ({model.type.value}, {model.dtype.value}, {model.device.value}): logits {where};\n"
+        f"{described_model(report.model)}: logits {where};\n"
         f"errors are shares of the logits' standard deviation\n\n{table(header, rows)}"
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ferrum_rt.cli.bench.options import DRAWN
-from ferrum_rt.cli.options import UsageError
+from ferrum_rt.cli.options import UsageError, given_options, option_name
 from ferrum_rt.load.results import Limits
 from ferrum_rt.load.workload import Load, SharedPrefixes
 from ferrum_rt.runtime.simulation.workload import Sizes, read_trace
@@ -29,24 +29,25 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         (("share",), lambda value: value <= 1, "at most 1"),
     )
     for names, is_right, what in checks:
-        for name, value in _given(arguments, names).items():
+        for name, value in given_options(arguments, names).items():
             if not is_right(value):
-                raise UsageError(f"argument {_option(name)}: must be {what}, got {value:g}")
+                option = "--from" if name == "begin" else option_name(name)
+                raise UsageError(f"argument {option}: must be {what}, got {value:g}")
 
 
 def read_load(arguments: argparse.Namespace) -> Load:
     """Of ``bench serve``. Raises UsageError, and ConfigError."""
-    given = _given(arguments, tuple(DRAWN))
+    given = given_options(arguments, DRAWN)
     if arguments.trace is not None:
         for name in given:
-            raise UsageError(f"argument {_option(name)}: not with --trace, which says what requests there are")
+            raise UsageError(f"argument {option_name(name)}: not with --trace, which says what requests there are")
         return _load(DRAWN, requests=len(read_trace(arguments.trace)), trace=arguments.trace)
     for name, other in _NEEDS.items():
         if name in given and other not in given:
-            raise UsageError(f"argument {_option(name)}: goes with {_option(other)}")
+            raise UsageError(f"argument {option_name(name)}: goes with {option_name(other)}")
     for name, other in _EXCLUDES.items():
         if name in given and other in given:
-            raise UsageError(f"argument {_option(name)}: not with {_option(other)}")
+            raise UsageError(f"argument {option_name(name)}: not with {option_name(other)}")
     drawn = DRAWN | given
     requests = drawn["requests"]
     if "duration" in given:
@@ -58,7 +59,7 @@ def sweep_load(arguments: argparse.Namespace) -> Load:
     """Of ``bench sweep``, whose rates are to come. Raises ConfigError."""
     if arguments.ttft_slo is None and arguments.itl_slo is None:
         raise UsageError("--ttft-slo and --itl-slo: give one of them at least; without a limit every rate meets it")
-    drawn = DRAWN | _given(arguments, ("burstiness", "prompt_tokens", "output_tokens", "shared_prefix"))
+    drawn = DRAWN | given_options(arguments, ("burstiness", "prompt_tokens", "output_tokens", "shared_prefix"))
     return _load(drawn, requests=1, rate=arguments.begin)
 
 
@@ -77,19 +78,21 @@ def described(arguments: argparse.Namespace, load: Load) -> dict[str, object]:
     if load.trace is not None:
         what["trace"] = str(load.trace)
     else:
-        what |= {"concurrency": load.concurrency} if load.rate is None else _given(load, ("rate", "burstiness"))
+        what |= (
+            {"concurrency": load.concurrency} if load.rate is None else {"rate": load.rate, "burstiness": load.burstiness}
+        )
         what |= _sizes(arguments)
-    return what | _given(arguments, ("seed", "warmup", "repeats"))
+    return what | given_options(arguments, ("seed", "warmup", "repeats"))
 
 
 def described_sweep(arguments: argparse.Namespace, load: Load) -> dict[str, object]:
     """Likewise."""
     search = {"from": arguments.begin, "duration": arguments.duration, "burstiness": load.burstiness}
-    return search | _sizes(arguments) | _given(arguments, ("seed", "warmup"))
+    return search | _sizes(arguments) | given_options(arguments, ("seed", "warmup"))
 
 
 def _sizes(arguments: argparse.Namespace) -> dict[str, object]:
-    given = _given(arguments, ("prompt_tokens", "output_tokens", "shared_prefix"))
+    given = given_options(arguments, ("prompt_tokens", "output_tokens", "shared_prefix"))
     return {name: DRAWN[name] for name in ("prompt_tokens", "output_tokens")} | given
 
 
@@ -102,11 +105,3 @@ def _load(drawn: Mapping[str, Any], **fields: Any) -> Load:
         burstiness=drawn["burstiness"],
         **fields,
     )
-
-
-def _given(options: object, names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: value for name in names if (value := getattr(options, name, None)) is not None}
-
-
-def _option(name: str) -> str:
-    return "--from" if name == "begin" else f"--{name.replace('_', '-')}"

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ferrum_rt.cli.options import add_engine_options, add_json_option
+from ferrum_rt.cli.options import add_connect_option, add_engine_options, add_json_option
 
 # Options of the workload, which a trace has of its own; left out they are these. The means of the sizes are those of
 # conversations in ShareGPT; that the standard deviations are as large is our choice, for a long tail.
@@ -88,13 +88,7 @@ def add_sweep_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_target_options(parser: argparse.ArgumentParser) -> None:
     add_engine_options(parser)
-    parser.add_argument(
-        "--connect",
-        metavar="SOCKET",
-        nargs="?",
-        default=argparse.SUPPRESS,  # no attribute: not given; None: given without a path
-        help="put it on the daemon at SOCKET, or on your own daemon, instead of an engine in this process",
-    )
+    add_connect_option(parser, "put it on the daemon at SOCKET, or on your own daemon, instead of an engine in this process")
     parser.add_argument(
         "--target", metavar=("openai", "URL"), nargs=2, help="put it on a server that speaks OpenAI's protocol, as vLLM does"
     )

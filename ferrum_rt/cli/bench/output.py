@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 
-from ferrum_rt.cli.output import seconds, table
+from ferrum_rt.cli.output import facts, seconds, table
 from ferrum_rt.load.results import Estimate, Limits, LoadResult, Percentiles, RequestRecord, Summary, SweepResult
 
 _DRAW_EVERY_S = 0.1
@@ -54,7 +54,7 @@ class Progress:
 
 def load_as_text(result: LoadResult) -> str:
     """The facts, a line each, and a row of percentiles for each quantity."""
-    return f"{_facts_as_text(_load_facts(result))}\n\n{_percentiles_as_text(result.summary)}"
+    return f"{facts(_load_facts(result))}\n\n{_percentiles_as_text(result.summary)}"
 
 
 def sweep_as_text(result: SweepResult) -> str:
@@ -73,7 +73,7 @@ def sweep_as_text(result: SweepResult) -> str:
         ]
         for point in sorted(result.points, key=lambda point: point.rate)
     ]
-    return f"{_facts_as_text(_sweep_facts(result))}\n\n{table(header, rows)}"
+    return f"{facts(_sweep_facts(result))}\n\n{table(header, rows)}"
 
 
 def _load_facts(result: LoadResult) -> Iterator[tuple[str, str]]:
@@ -98,10 +98,6 @@ def _sweep_facts(result: SweepResult) -> Iterator[tuple[str, str]]:
     yield "wanted", f"{result.required_share:.0%} of the requests within {_limits(result.limits)}"
     found = result.highest_rate
     yield "highest rate", "none of those that were tried" if found is None else f"{found:.3g} requests/s"
-
-
-def _facts_as_text(facts: Iterator[tuple[str, str]]) -> str:
-    return "\n".join(f"{name:<18}{value}" for name, value in facts)
 
 
 def _percentiles_as_text(summary: Summary) -> str:

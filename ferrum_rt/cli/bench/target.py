@@ -7,13 +7,13 @@ from contextlib import asynccontextmanager
 from typing import NamedTuple
 
 from ferrum_rt.cli.bench.options import OPENAI_VOCAB_SIZE
-from ferrum_rt.cli.options import UsageError, open_engine
+from ferrum_rt.cli.options import ENGINE_OPTIONS, UsageError, given_options, open_engine, option_name
+from ferrum_rt.cli.output import described_model
 from ferrum_rt.interfaces.types import TokenId
 from ferrum_rt.ipc.address import socket_path
 from ferrum_rt.load.targets import EngineTarget, Target
 
 _UNLIMITED = 2**31
-_ENGINE = ("model", "config", "device", "dtype", "kv_dtype", "load_format")
 _OF_OPENAI = ("openai_model", "vocab_size")
 
 
@@ -29,16 +29,16 @@ class OpenTarget(NamedTuple):
 def check_target(arguments: argparse.Namespace) -> None:
     """Before anything is loaded. Raises UsageError."""
     if arguments.target is None:
-        for name in _given(arguments, _OF_OPENAI):
-            raise UsageError(f"argument {name}: goes with --target openai URL")
+        for name in given_options(arguments, _OF_OPENAI):
+            raise UsageError(f"argument {option_name(name)}: goes with --target openai URL")
         return
     kind, _ = arguments.target
     if kind != "openai":
         raise UsageError(f"argument --target: {kind!r} is no kind of target; write openai and the server's URL")
     if "connect" in arguments:
         raise UsageError("argument --target: not with --connect, which is another target")
-    for name in _given(arguments, _ENGINE):
-        raise UsageError(f"argument {name}: not with --target: the server has opened its model already")
+    for name in given_options(arguments, ENGINE_OPTIONS):
+        raise UsageError(f"argument {option_name(name)}: not with --target: the server has opened its model already")
     if arguments.vocab_size is not None and arguments.vocab_size < 2:
         raise UsageError(f"argument --vocab-size: must be at least 2, got {arguments.vocab_size}")
     if any(importlib.util.find_spec(name) is None for name in ("httpx", "httpx_sse")):
@@ -64,14 +64,9 @@ async def open_target(arguments: argparse.Namespace) -> AsyncIterator[OpenTarget
     async with open_engine(arguments) as engine:
         model = (await engine.status()).model
         assert model is not None  # it is open
-        name = f"{model.id} ({model.type.value}, {model.dtype.value}, {model.device.value}), {where}"
+        name = f"{described_model(model)}, {where}"
         yield OpenTarget(EngineTarget(engine), name, _vocabulary(model.vocab_size), model.max_model_len)
 
 
 def _vocabulary(size: int) -> list[TokenId]:
     return [TokenId(number) for number in range(size)]
-
-
-def _given(arguments: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
-    """As options."""
-    return [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None]
