@@ -29,8 +29,7 @@ from ferrum_rt.runtime.sequence import Sequence
 from ferrum_rt.runtime.simulation.checks import sizes
 from ferrum_rt.runtime.simulation.digests import DigestMemory, WrongStep, expected_tokens
 from ferrum_rt.runtime.simulation.engine import CostModel, SimulatedEngine
-from ferrum_rt.runtime.simulation.policies import Promises
-from ferrum_rt.runtime.simulation.seeds import PROMISES, run_seed
+from ferrum_rt.runtime.simulation.seeds import run_seed
 from ferrum_rt.runtime.simulation.violation import Invariant, Violation
 from ferrum_rt.runtime.swapping import HostPages, Swapping
 from tests.runtime import planted_bugs
@@ -39,19 +38,14 @@ from tests.runtime.engines import fake_engine, until
 MAX_SEEDS = 1000
 
 
-def first_violation(
-    invariant: Invariant,
-    scheduler_type: type[UnifiedScheduler] = UnifiedScheduler,
-    cache_type: type[PagedKvCache] = PagedKvCache,
-    promises: Promises = PROMISES,
-) -> Violation:
+def first_violation(invariant: Invariant, **fields: Any) -> Violation:
     for seed in range(MAX_SEEDS):
         try:
-            run_seed(seed, promises, scheduler_type=scheduler_type, cache_type=cache_type, again=True)
+            run_seed(seed, again=True, **fields)
         except Violation as violation:
             if violation.invariant is invariant:
                 return violation
-    raise AssertionError(f"{scheduler_type.__name__}, {cache_type.__name__}: not found in {MAX_SEEDS} seeds")
+    raise AssertionError(f"{fields}: not found in {MAX_SEEDS} seeds")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +92,7 @@ def test_a_planted_bug_of_the_pool_is_found(bug: type[PagedKvCache], invariant: 
 
 def test_a_bound_on_waiting_is_held_to() -> None:
     """A promise that nobody waits, of a scheduler that makes them wait, is found to be broken."""
-    first_violation(Invariant.BOUNDED_WAIT, promises=Promises(max_wait_steps=1))
+    first_violation(Invariant.BOUNDED_WAIT, max_wait_steps=1)
 
 
 @pytest.mark.slow
