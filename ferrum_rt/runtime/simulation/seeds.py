@@ -20,11 +20,12 @@ from ferrum_rt.interfaces.model_executor import StepInput, StepOutput
 from ferrum_rt.interfaces.sampler import SamplingConfig
 from ferrum_rt.interfaces.scheduler import BatchPlan, SequenceRequest, SequenceUpdate
 from ferrum_rt.interfaces.types import ClientId, Priority, RequestId, SessionId, TokenId
+from ferrum_rt.runtime.cost_model import StepWork
 from ferrum_rt.runtime.pages import PagedKvCache
 from ferrum_rt.runtime.scheduler import UnifiedScheduler
 from ferrum_rt.runtime.simulation.checks import Checker
 from ferrum_rt.runtime.simulation.digests import DigestMemory, WrongStep, expected_tokens
-from ferrum_rt.runtime.simulation.engine import CostModel, SimulatedEngine
+from ferrum_rt.runtime.simulation.engine import SimulatedEngine, StepCosts
 from ferrum_rt.runtime.simulation.policies import PolicyChecks
 from ferrum_rt.runtime.simulation.violation import Invariant, Violation
 from ferrum_rt.runtime.waiting import INPUT_WEIGHT, OUTPUT_WEIGHT
@@ -32,7 +33,7 @@ from ferrum_rt.runtime.waiting import INPUT_WEIGHT, OUTPUT_WEIGHT
 EOS = TokenId(0)
 MAX_TURNS = 20_000
 MAX_OUTPUTS = 16
-COSTS = CostModel()
+COSTS = StepCosts()
 CLIENTS = tuple(ClientId(name) for name in ("ada", "bob", "cyd"))
 SESSIONS = tuple(SessionId(name) for name in ("red", "green"))
 DAY_S = 86_400.0
@@ -283,7 +284,7 @@ class RandomWorld:
 
     def _step_s(self, step: StepInput) -> float:
         stalls = self._rng.random() < self._scenario.rates[Fault.STALL]
-        return COSTS.step_s(step.batch) * (1000 if stalls else 1)
+        return COSTS.step_s(StepWork.of(step.batch), step.batch.num_rounds) * (1000 if stalls else 1)
 
     # -- callers ------------------------------------------------------------------------------------------------------
 
