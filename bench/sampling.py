@@ -127,10 +127,10 @@ class Bench:
 
     def _choose_again(self) -> None:
         """What the step has just chosen natively."""
-        runner, batch = self._runner, self._executor._inputs.batch()
+        ops, recorded, batch = self._runner._ops, self._runner._recorded, self._executor._inputs.batch()
         began = time.perf_counter()
-        runner._ops.argmax(runner._highest, runner._ids, runner._logits)
-        runner._ops.draw(runner._ids, runner._highest, runner._logits, batch.positions, batch.logit_rows, runner._draws)
+        ops.argmax(recorded.highest, recorded.ids, recorded.logits)
+        ops.draw(recorded.ids, recorded.highest, recorded.logits, batch.positions, batch.logit_rows, recorded.draws)
         self._native_s += time.perf_counter() - began
 
     def _timed(self, function: Callable[..., Any], total: str) -> Callable[..., Any]:

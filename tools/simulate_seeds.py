@@ -20,10 +20,7 @@ import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import msgspec
-
-from ferrum_rt.runtime.simulation.policies import Promises
-from ferrum_rt.runtime.simulation.seeds import PROMISES, run_seed
+from ferrum_rt.runtime.simulation.seeds import run_seed
 from ferrum_rt.runtime.simulation.violation import Violation
 
 CHUNK = 50
@@ -36,7 +33,7 @@ class Part(NamedTuple):
 
     seeds: range
     again: int
-    promises: Promises
+    max_wait_steps: int | None
 
 
 class Tally(NamedTuple):
@@ -53,7 +50,7 @@ def live(part: Part) -> Tally:
     violations = []
     for seed in part.seeds:
         try:
-            outcome = run_seed(seed, part.promises, again=seed % part.again == 0)
+            outcome = run_seed(seed, max_wait_steps=part.max_wait_steps, again=seed % part.again == 0)
         except Violation as violation:
             violations.append(str(violation))
             continue
@@ -64,15 +61,15 @@ def live(part: Part) -> Tally:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    promises = msgspec.structs.replace(PROMISES, max_wait_steps=arguments.max_wait_steps)
+    max_wait_steps = arguments.max_wait_steps
     if arguments.replay is not None:
-        return replay(arguments.replay, promises)
+        return replay(arguments.replay, max_wait_steps)
     chunks = range(arguments.start, arguments.start + arguments.seeds, CHUNK)
     end = arguments.start + arguments.seeds
-    parts = [Part(range(start, min(start + CHUNK, end)), arguments.again, promises) for start in chunks]
+    parts = [Part(range(start, min(start + CHUNK, end)), arguments.again, max_wait_steps) for start in chunks]
     began = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
-        total = collect(pool.imap_unordered(live, parts), arguments.seeds, promises)
+        total = collect(pool.imap_unordered(live, parts), arguments.seeds, max_wait_steps)
     seconds = time.perf_counter() - began
     report = {
         "seeds": total.seeds,
@@ -88,12 +85,12 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if total.violations else 0
 
 
-def collect(tallies: Iterable[Tally], num_seeds: int, promises: Promises) -> Tally:
+def collect(tallies: Iterable[Tally], num_seeds: int, max_wait_steps: int | None) -> Tally:
     """Add them up, with a line of progress, and print the first violations as they come."""
     began = said = time.perf_counter()
     seeds = steps = longest_wait = 0
     violations: list[str] = []
-    options = "" if promises == PROMISES else f" --max-wait-steps {promises.max_wait_steps}"
+    options = "" if max_wait_steps is None else f" --max-wait-steps {max_wait_steps}"
     for tally in tallies:
         seeds, steps = seeds + tally.seeds, steps + tally.steps
         longest_wait = max(longest_wait, tally.longest_wait)
@@ -109,10 +106,10 @@ def collect(tallies: Iterable[Tally], num_seeds: int, promises: Promises) -> Tal
     return Tally(seeds, steps, longest_wait, violations)
 
 
-def replay(seed: int, promises: Promises) -> int:
+def replay(seed: int, max_wait_steps: int | None) -> int:
     """One seed, line by line."""
     try:
-        outcome = run_seed(seed, promises, say=print)
+        outcome = run_seed(seed, max_wait_steps=max_wait_steps, say=print)
     except Violation as violation:
         print(violation)
         return 1

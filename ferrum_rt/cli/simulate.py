@@ -12,7 +12,7 @@ from ferrum_rt.cli.simulate_options import DRAWN
 from ferrum_rt.interfaces.config import EngineConfig, build_config, load_config
 from ferrum_rt.interfaces.types import Arrival
 from ferrum_rt.runtime.simulation.capacity import simulate_capacity
-from ferrum_rt.runtime.simulation.engine import CostModel
+from ferrum_rt.runtime.simulation.engine import StepCosts
 from ferrum_rt.runtime.simulation.reports import CapacityReport, ClientReport, Level, Objectives, Percentiles
 from ferrum_rt.runtime.simulation.workload import Arrivals, ClientShare, Sizes, Workload, read_trace
 
@@ -82,11 +82,11 @@ def _engine(arguments: argparse.Namespace) -> EngineConfig:
     return build_config(None, base, fields if max_model_len is None else {**fields, "max_model_len": max_model_len})
 
 
-def _costs(arguments: argparse.Namespace) -> CostModel:
+def _costs(arguments: argparse.Namespace) -> StepCosts:
     values = (arguments.step_ms, arguments.token_us, arguments.sequence_us, arguments.context_ns)
     if not all(0 <= value < math.inf for value in values) or not any(values):
         raise UsageError("--step-ms, --token-us, --sequence-us and --context-ns: must be at least 0, one of them more")
-    return CostModel(
+    return StepCosts(
         base_s=arguments.step_ms / 1e3,
         token_s=arguments.token_us / 1e6,
         sequence_s=arguments.sequence_us / 1e6,

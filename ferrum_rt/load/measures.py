@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean, stdev
 
 from ferrum_rt.load.results import Estimate, Limits, Percentiles, Repeat, RequestRecord, Summary
+from ferrum_rt.runtime.simulation.reports import quantile
 
 # Student's t for 95 %, two-sided, by degrees of freedom; and where the normal distribution has that share.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -17,11 +18,8 @@ def percentiles(values: Iterable[float]) -> Percentiles | None:
     ordered = sorted(values)
     if not ordered:
         return None
-
-    def of(share: float) -> float:
-        return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
-
-    return Percentiles(mean=fmean(ordered), p50=of(0.5), p90=of(0.9), p95=of(0.95), p99=of(0.99), max=ordered[-1])
+    p50, p90, p95, p99 = (quantile(ordered, share) for share in (0.5, 0.9, 0.95, 0.99))
+    return Percentiles(mean=fmean(ordered), p50=p50, p90=p90, p95=p95, p99=p99, max=ordered[-1])
 
 
 def estimate(values: Sequence[float]) -> Estimate:

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from ferrum_rt.interfaces.model_executor import UnifiedBatch
+
 _FORGET = 0.99  # what an observation still counts for after another: those of about the last 100 steps matter
 _SOLVE_EVERY = 16
 _MIN_OBSERVATIONS = 16
@@ -13,11 +15,18 @@ _TOKENS, _SEQUENCES, _CONTEXT = 64, 16, 4096
 
 
 class StepWork(NamedTuple):
-    """What a step computes: tokens, sequences, and the tokens that attention looks back on."""
+    """What a step computes: tokens, sequences, and the tokens that attention looks back on, its own too."""
 
     num_tokens: int
     num_sequences: int
     num_context: int
+
+    @classmethod
+    def of(cls, batch: UnifiedBatch) -> "StepWork":
+        """Of each of its rounds."""
+        decodes, prefills, num_tokens = batch.decodes, batch.prefills, batch.num_tokens
+        before = sum(item.position for item in decodes) + sum(item.start for item in prefills)
+        return cls(num_tokens, len(decodes) + len(prefills), before + num_tokens)
 
     @property
     def features(self) -> tuple[float, float, float, float]:

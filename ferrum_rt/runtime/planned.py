@@ -36,12 +36,3 @@ class PlannedStep(NamedTuple):
     work: StepWork
     num_swaps: int
     num_rounds: int
-
-
-def work_of(entries: list[Entry], beside: StepWork = StepWork(0, 0, 0)) -> StepWork:  # noqa: B008 - it is frozen
-    """What a step with these computes, ``beside`` other work."""
-    return StepWork(
-        num_tokens=beside.num_tokens + sum(entry.end - entry.start for entry in entries),
-        num_sequences=beside.num_sequences + len(entries),
-        num_context=beside.num_context + sum(entry.end for entry in entries),
-    )

@@ -49,7 +49,7 @@ from ferrum_rt.runtime.cost_model import StepWork
 from ferrum_rt.runtime.deadlines import Deadlines
 from ferrum_rt.runtime.pace import Pace
 from ferrum_rt.runtime.pages import PagedKvCache
-from ferrum_rt.runtime.planned import Entry, PlannedStep, work_of
+from ferrum_rt.runtime.planned import Entry, PlannedStep
 from ferrum_rt.runtime.residents import Residents
 from ferrum_rt.runtime.roster import Roster
 from ferrum_rt.runtime.saved_state import restored, save
@@ -220,7 +220,6 @@ class UnifiedScheduler:
         """The next step, or None when there is nothing to compute."""
         step = StepInput([], [], [], UnifiedBatch([], []))
         entries: list[Entry] = []
-        decodes, num_decodes = StepWork(0, 0, 0), 0
         self.sessions.now = hint.now
         self._waiting.age()
         if self._trials:
@@ -230,8 +229,7 @@ class UnifiedScheduler:
             preemptions = self._roster.num_preemptions
             self._plan_decodes(step, entries)
             may_admit = self._roster.num_preemptions == preemptions  # else what was freed is owed to those who run
-            decodes, num_decodes = work_of(entries), len(entries)
-            budget = self._pace.prefill_budget(hint.max_tokens, decodes)
+            budget = self._pace.prefill_budget(hint.max_tokens, StepWork.of(step.batch))
             self._plan_prompts(step, entries, budget, may_admit=may_admit)
         for entry in entries:
             if entry.samples:
@@ -240,8 +238,8 @@ class UnifiedScheduler:
             return None
         self._num_batches += 1
         batch_id = BatchId(self._num_batches)
-        work = work_of(entries[num_decodes:], beside=decodes)
-        if num_decodes == len(entries):
+        work = StepWork.of(step.batch)
+        if not step.batch.prefills:
             self._plan_rounds(step, entries, min(self._max_rounds, self._pace.num_rounds(work, hint.rounds_s)))
         self.swapping.carry_out(step)
         num_swaps = len(step.swapped_out) + len(step.swapped_in)

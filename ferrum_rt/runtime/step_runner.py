@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ferrum_rt.interfaces.sampler import SamplingConfig
 from ferrum_rt.interfaces.types import TokenId
-from ferrum_rt.kernels.batch import KvPages
+from ferrum_rt.kernels.batch import KvPages, TokenBatch
 from ferrum_rt.kernels.cpu import CpuOps, NativeOps
+from ferrum_rt.kernels.cpu.attention import AttentionPlan
 from ferrum_rt.kernels.cpu.ops import Draws, Rounds
 from ferrum_rt.kernels.cpu.program import BatchSizes, Program, Rows
 from ferrum_rt.kernels.sampling import argmax
@@ -71,48 +72,58 @@ class EagerRunner:
         return rounds
 
 
+class _Recorded(NamedTuple):
+    """``program`` is that of MAX_ROUNDS rounds; each is the layers' instructions, ``num_layers`` of them, then ``last`` (the
+    logits, and what is drawn of them), then what makes the batch the next round's. It works on the tensors."""
+
+    program: Program
+    last: Program
+    num_layers: int
+    plan: AttentionPlan
+    hidden: Tensor
+    logits: Tensor
+    highest: Tensor
+    ids: Tensor
+    draws: Draws
+    found: Rounds
+
+
+def _record(decoder: Decoder, ops: NativeOps, cache: list[KvPages], batch: TokenBatch) -> _Recorded:
+    """Of the largest batch."""
+    num_rows = len(batch.logit_rows)
+    highest, ids = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.int64)
+    draws = Draws(torch.zeros((num_rows, 2), dtype=torch.int64), torch.zeros((num_rows, 4), dtype=torch.float64))
+    found = Rounds(
+        torch.empty((MAX_ROUNDS, num_rows), dtype=torch.int64),
+        torch.empty((MAX_ROUNDS, num_rows)),
+        torch.zeros(1, dtype=torch.int64),
+    )
+    with ops.record(Rows.TOKENS, len(batch.token_ids)) as layers:
+        plan = decoder.plan_attention(batch)
+        hidden = decoder.forward(batch, plan, cache)
+    with ops.record(Rows.SAMPLED, num_rows) as last:
+        logits = decoder.logits(hidden, batch.logit_rows)
+        ops.argmax(highest, ids, logits)
+        ops.draw(ids, highest, logits, batch.positions, batch.logit_rows, draws)
+    with ops.record(Rows.SAMPLED, num_rows) as advance:
+        ops.advance(batch, plan, found, highest, ids)
+    program = Program([*layers, *last, *advance] * MAX_ROUNDS)
+    return _Recorded(program, Program(last), len(layers), plan, hidden, logits, highest, ids, draws, found)
+
+
 class RecordedRunner:
     """One native call a step, two where somebody looks in between."""
 
     def __init__(self, decoder: Decoder, ops: NativeOps, cache: list[KvPages], inputs: HostInputs) -> None:
         self._ops, self._inputs = ops, inputs
         self._addressed = decoder, cache  # the program knows their memory only by its addresses
-        batch = inputs.largest_batch()
-        max_tokens, num_rows = len(batch.token_ids), len(batch.logit_rows)
-        self._highest, self._ids = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.int64)
-        self._highest_values, self._id_values = self._highest.numpy(), self._ids.numpy()
-        self._draws = Draws(torch.zeros((num_rows, 2), dtype=torch.int64), torch.zeros((num_rows, 4), dtype=torch.float64))
-        self._keys, self._cuts = (part.numpy() for part in self._draws)
-        # The same by slot.
+        self._recorded = recorded = _record(decoder, ops, cache, inputs.largest_batch())
+        # What of that is read and written here.
+        self._spans, self._highest, self._ids = recorded.plan.spans.numpy(), recorded.highest.numpy(), recorded.ids.numpy()
+        self._keys, self._cuts = (part.numpy() for part in recorded.draws)
+        self._found_ids, self._found_highest, self._round = (part.numpy() for part in recorded.found)
+        # The keys and cuts by slot.
         self._slot_keys, self._slot_cuts = np.zeros_like(self._keys), np.zeros_like(self._cuts)
-        made: list[Tensor] = []
-
-        def forward() -> None:
-            self._plan = decoder.plan_attention(batch)
-            made.append(decoder.forward(batch, self._plan, cache))
-
-        def logits() -> None:
-            made.append(decoder.logits(made[0], batch.logit_rows))
-            ops.argmax(self._highest, self._ids, made[1])
-            ops.draw(self._ids, self._highest, made[1], batch.positions, batch.logit_rows, self._draws)
-
-        self._found = Rounds(
-            torch.empty((MAX_ROUNDS, num_rows), dtype=torch.int64),
-            torch.empty((MAX_ROUNDS, num_rows)),
-            torch.zeros(1, dtype=torch.int64),
-        )
-        self._found_ids, self._found_highest, self._round = (part.numpy() for part in self._found)
-
-        def advance() -> None:
-            ops.advance(batch, self._plan, self._found, self._highest, self._ids)
-
-        layers = ops.record(Rows.TOKENS, max_tokens, forward)
-        last = ops.record(Rows.SAMPLED, num_rows, logits)
-        one_round = [*layers, *last, *ops.record(Rows.SAMPLED, num_rows, advance)]
-        self._program, self._last = Program(one_round * MAX_ROUNDS), Program(last)
-        self._num_layers, self._num_whole, self._num_round = len(layers), len(layers) + len(last), len(one_round)
-        self._hidden, self._logits = made
-        self._span_values = self._plan.spans.numpy()
 
     def assign(self, slot: int, sampling: SamplingConfig) -> bool:
         if not sampling.is_plain or sampling.is_greedy:
@@ -123,28 +134,29 @@ class RecordedRunner:
         return True
 
     def run(self, between: Callable[[Tensor], None] | None = None) -> StepLogits:
-        sizes = self._begin()
+        sizes, recorded = self._begin(), self._recorded
         if between is None:
-            self._ops.run(self._program, sizes, self._num_whole)
+            self._ops.run(recorded.program, sizes, recorded.num_layers + recorded.last.length)
         else:
-            self._ops.run(self._program, sizes, self._num_layers)
-            between(self._hidden[: sizes.tokens])
-            self._ops.run(self._last, sizes)
-        found = self._id_values[: sizes.sampled].tolist()
-        is_sound = np.isfinite(self._highest_values[: sizes.sampled]).tolist()
-        return StepLogits(_sound(found, is_sound), self._logits)
+            self._ops.run(recorded.program, sizes, recorded.num_layers)
+            between(recorded.hidden[: sizes.tokens])
+            self._ops.run(recorded.last, sizes)
+        found = self._ids[: sizes.sampled].tolist()
+        is_sound = np.isfinite(self._highest[: sizes.sampled]).tolist()
+        return StepLogits(_sound(found, is_sound), recorded.logits)
 
     def run_rounds(self, num_rounds: int) -> Sequence[Sequence[TokenId | None]]:
         sizes = self._begin()
         self._round[0] = 0
-        self._ops.run(self._program, sizes, num_rounds * self._num_round)
+        program = self._recorded.program
+        self._ops.run(program, sizes, program.length // MAX_ROUNDS * num_rounds)
         ids = self._found_ids[:num_rounds, : sizes.sampled].tolist()
         is_sound = np.isfinite(self._found_highest[:num_rounds, : sizes.sampled]).tolist()
         return [_sound(*pair) for pair in zip(ids, is_sound, strict=True)]
 
     def _begin(self) -> BatchSizes:
         inputs = self._inputs
-        self._span_values[: len(inputs.spans)] = inputs.spans
+        self._spans[: len(inputs.spans)] = inputs.spans
         slots = inputs.sampled_slots
         self._keys[: len(slots)], self._cuts[: len(slots)] = self._slot_keys[slots], self._slot_cuts[slots]
         return BatchSizes(inputs.num_tokens, inputs.num_sampled, len(inputs.spans))

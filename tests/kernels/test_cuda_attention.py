@@ -236,7 +236,7 @@ def test_more_decodes_than_there_is_room_for() -> None:
     """What a graph of so many rows would leave beside its results is counted before anything is captured."""
     ops, kind = cuda_ops(torch.bfloat16), AttentionKind(64, 8, 128, 0.1)
     ops.decode_attention(256, 1, [kind])
-    with pytest.raises(Unsupported, match="max_running_requests 600.*64 heads of 128"):
+    with pytest.raises(Unsupported, match=r"max_running_requests 600.*64 heads of 128"):
         ops.decode_attention(600, 1, [kind])
 
 

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from ferrum_rt.kernels.batch import QuerySpan, TokenBatch, allocate_pages
 from ferrum_rt.kernels.cpu import NativeOps
-from ferrum_rt.kernels.cpu.attention import AttentionPlan
 from ferrum_rt.kernels.cpu.program import BatchSizes, Program, Rows
 from ferrum_rt.kernels.reference import ReferenceOps
 from tests.kernels.targets import every_target, kernels_for, needed_kernels
@@ -155,18 +154,17 @@ def test_a_recorded_plan_reads_each_batch_anew(ops: NativeOps) -> None:
     batch = TokenBatch(none, torch.zeros(size), none, none, [QuerySpan(0, 0, 1, 0)] * 5, case.tables, case.block_size)
     q, out = torch.empty(size, 4, 16), torch.zeros(size, 64)
 
-    def calls() -> None:
-        plan.append(ops.plan_attention(batch, [kind]))
-        ops.attention(out, q, case.pages, plan[0], kind)
+    with ops.record(Rows.TOKENS, size) as instructions:
+        plan = ops.plan_attention(batch, [kind])
+        ops.attention(out, q, case.pages, plan, kind)
 
-    plan: list[AttentionPlan] = []
-    program = Program(ops.record(Rows.TOKENS, size, calls))
+    program = Program(instructions)
     assert not bool(out.any())
     for first in range(5):
         spans = case.spans[first:]
         row = spans[0].row
         q[: size - row] = case.q[row:]
-        plan[0].spans[: len(spans)] = torch.tensor([span._replace(row=span.row - row) for span in spans])
+        plan.spans[: len(spans)] = torch.tensor([span._replace(row=span.row - row) for span in spans])
         ops.run(program, BatchSizes(size - row, 0, len(spans)))
         assert torch.equal(out[: size - row], expected[row:])
     out.zero_()

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import pytest
@@ -176,11 +175,11 @@ def test_what_is_recorded_runs_for_fewer_tokens(ops: NativeOps, dtype: torch.dty
     expected = layers[1](ops, layers[0](ops, x, routers[0], top_k), routers[1], top_k)
     between, out = ops.empty((40, 64), dtype), torch.full((40, 64), 7.0, dtype=dtype)
 
-    def step() -> None:
+    with ops.record(Rows.TOKENS, 40) as instructions:
         for layer, router, source, target in zip(layers, routers, (x, between), (between, out), strict=True):
             ops.mixture_of_experts(target, source, router, layer.packed, top_k=top_k, renormalize=True, kind="silu")
 
-    program = Program(ops.record(Rows.TOKENS, 40, step))
+    program = Program(instructions)
     assert bool((out == 7).all())
     for tokens in (17, 1, 23):
         ops.run(program, BatchSizes(tokens=tokens, sampled=1, spans=2))
@@ -194,8 +193,9 @@ def test_each_batch_size_has_its_name(ops: NativeOps) -> None:
     for rows, batch in ((Rows.TOKENS, (2, 0, 0)), (Rows.SAMPLED, (9, 2, 9)), (Rows.SPANS, (9, 9, 2))):
         for times in (1, 2, 3):
             out, ids = torch.zeros(4 * times, 8), torch.arange(4 * times)
-            program = Program(ops.record(rows, 4, partial(ops.gather_rows, out, x, ids)))
-            ops.run(program, BatchSizes(*batch))
+            with ops.record(rows, 4) as instructions:
+                ops.gather_rows(out, x, ids)
+            ops.run(Program(instructions), BatchSizes(*batch))
             assert torch.equal(out[: 2 * times], x[: 2 * times])
             assert not bool(out[2 * times :].any())
 

@@ -179,11 +179,11 @@ def run_steps(kernels: Kernels, num_threads: int, seconds: float = 0.5) -> float
     x, out = torch.ones(1, 1024).bfloat16(), ops.empty((1, 2048), torch.bfloat16)
     packed = ops.pack_linear(torch.ones(2048, 1024).bfloat16(), None)
 
-    def calls() -> None:
+    with ops.record(Rows.TOKENS, 1) as instructions:
         for _ in range(20):
             ops.linear(out, x, packed)
 
-    program = Program(ops.record(Rows.TOKENS, 1, calls))
+    program = Program(instructions)
     began, count = time.perf_counter(), 0
     while time.perf_counter() < began + seconds:
         ops.run(program, BatchSizes(1, 1, 1))

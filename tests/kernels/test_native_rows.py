@@ -290,7 +290,9 @@ def test_what_is_recorded_runs_for_fewer_rows(ops: NativeOps, dtype: torch.dtype
     expected, out = torch.empty_like(x), torch.full_like(x, 7.0)
     call(ops, expected, x.clone())
     given_x = x.clone()
-    program = Program(ops.record(Rows.TOKENS, 40, lambda: call(ops, out, given_x)))
+    with ops.record(Rows.TOKENS, 40) as instructions:
+        call(ops, out, given_x)
+    program = Program(instructions)
     assert bool((out == 7).all())
     ops.run(program, BatchSizes(tokens=19, sampled=0, spans=0))
     assert torch.equal(out[:19], expected[:19])
@@ -302,11 +304,11 @@ def test_sampled_rows_are_recorded_apart(ops: NativeOps) -> None:
     hidden, rows = random(9, 33, seed=1), torch.tensor([8, 3, 0, 0])
     last, values, ids = torch.zeros(4, 33), torch.zeros(4), torch.full((4,), -1)
 
-    def step() -> None:
+    with ops.record(Rows.SAMPLED, 4) as instructions:
         ops.gather_rows(last, hidden, rows)
         ops.argmax(values, ids, last)
 
-    program = Program(ops.record(Rows.SAMPLED, 4, step))
+    program = Program(instructions)
     ops.run(program, BatchSizes(tokens=9, sampled=2, spans=0))
     assert torch.equal(last[:2], hidden[rows[:2]])
     assert ids.tolist() == [*hidden[rows[:2]].argmax(dim=1).tolist(), -1, -1]

@@ -15,15 +15,15 @@ from ferrum_rt.interfaces.config import build_config
 from ferrum_rt.interfaces.errors import ConfigError
 from ferrum_rt.interfaces.types import Arrival, ClientId, PageCounts, Priority, SchedulerStats
 from ferrum_rt.runtime.simulation.capacity import simulate_capacity
-from ferrum_rt.runtime.simulation.engine import CostModel
+from ferrum_rt.runtime.simulation.engine import StepCosts
 from ferrum_rt.runtime.simulation.reports import MAX_POINTS, CapacityReport, Objectives, Percentiles, Timeline, curve
 from ferrum_rt.runtime.simulation.workload import Arrivals, ClientShare, Sizes, Workload, read_trace
 
-SECOND_STEPS = CostModel(base_s=1.0, token_s=0.0, sequence_s=0.0, context_s=0.0)
+SECOND_STEPS = StepCosts(base_s=1.0, token_s=0.0, sequence_s=0.0, context_s=0.0)
 
 
 def run(
-    arrivals: list[Arrival], *, costs: CostModel = SECOND_STEPS, shared_prefix: int = 0, **config: Any
+    arrivals: list[Arrival], *, costs: StepCosts = SECOND_STEPS, shared_prefix: int = 0, **config: Any
 ) -> CapacityReport:
     objectives = Objectives(ttft_s=2.0, itl_s=1.5)
     return simulate_capacity(

@@ -23,14 +23,14 @@ from ferrum_rt.interfaces.sampler import SamplingConfig
 from ferrum_rt.interfaces.scheduler import BatchHint, BatchPlan, SequenceRequest, SequenceUpdate
 from ferrum_rt.interfaces.types import FinishReason, RequestId, TokenId
 from ferrum_rt.runtime import runtime
+from ferrum_rt.runtime.cost_model import StepWork
 from ferrum_rt.runtime.pages import PagedKvCache
 from ferrum_rt.runtime.scheduler import UnifiedScheduler
 from ferrum_rt.runtime.sequence import Sequence
 from ferrum_rt.runtime.simulation.checks import sizes
 from ferrum_rt.runtime.simulation.digests import DigestMemory, WrongStep, expected_tokens
-from ferrum_rt.runtime.simulation.engine import CostModel, SimulatedEngine
-from ferrum_rt.runtime.simulation.policies import Promises
-from ferrum_rt.runtime.simulation.seeds import PROMISES, run_seed
+from ferrum_rt.runtime.simulation.engine import SimulatedEngine, StepCosts
+from ferrum_rt.runtime.simulation.seeds import run_seed
 from ferrum_rt.runtime.simulation.violation import Invariant, Violation
 from ferrum_rt.runtime.swapping import HostPages, Swapping
 from tests.runtime import planted_bugs
@@ -39,19 +39,14 @@ from tests.runtime.engines import fake_engine, until
 MAX_SEEDS = 1000
 
 
-def first_violation(
-    invariant: Invariant,
-    scheduler_type: type[UnifiedScheduler] = UnifiedScheduler,
-    cache_type: type[PagedKvCache] = PagedKvCache,
-    promises: Promises = PROMISES,
-) -> Violation:
+def first_violation(invariant: Invariant, **fields: Any) -> Violation:
     for seed in range(MAX_SEEDS):
         try:
-            run_seed(seed, promises, scheduler_type=scheduler_type, cache_type=cache_type, again=True)
+            run_seed(seed, again=True, **fields)
         except Violation as violation:
             if violation.invariant is invariant:
                 return violation
-    raise AssertionError(f"{scheduler_type.__name__}, {cache_type.__name__}: not found in {MAX_SEEDS} seeds")
+    raise AssertionError(f"{fields}: not found in {MAX_SEEDS} seeds")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +93,7 @@ def test_a_planted_bug_of_the_pool_is_found(bug: type[PagedKvCache], invariant: 
 
 def test_a_bound_on_waiting_is_held_to() -> None:
     """A promise that nobody waits, of a scheduler that makes them wait, is found to be broken."""
-    first_violation(Invariant.BOUNDED_WAIT, promises=Promises(max_wait_steps=1))
+    first_violation(Invariant.BOUNDED_WAIT, max_wait_steps=1)
 
 
 @pytest.mark.slow
@@ -288,14 +283,14 @@ def test_virtual_time() -> None:
     assert (engine.now, engine.busy_s, engine.num_steps) == (4.0, 4.0, 8)
 
 
-def test_the_cost_model_adds_up() -> None:
+def test_step_costs_add_up() -> None:
     """A step costs its base, and so much per token, per sequence and per token of context."""
-    model = CostModel(base_s=1000.0, token_s=100.0, sequence_s=10_000.0, context_s=1.0)
+    costs = StepCosts(base_s=1000.0, token_s=100.0, sequence_s=10_000.0, context_s=1.0)
     prefill, decode = PrefillInput(0, PROMPT[:5], 16, True), DecodeInput(1, 40)
 
-    assert model.step_s(UnifiedBatch([], [prefill])) == 1000 + 500 + 10_000 + 21
-    assert model.step_s(UnifiedBatch([decode], [])) == 1000 + 100 + 10_000 + 41
-    assert model.step_s(UnifiedBatch([decode], [prefill])) == 1000 + 600 + 20_000 + 62
+    assert costs.step_s(StepWork.of(UnifiedBatch([], [prefill]))) == 1000 + 500 + 10_000 + 21
+    assert costs.step_s(StepWork.of(UnifiedBatch([decode], [])), 3) == 3 * (1000 + 100 + 10_000 + 41)
+    assert costs.step_s(StepWork.of(UnifiedBatch([decode], [prefill]))) == 1000 + 600 + 20_000 + 62
 
 
 # -- the memory of digests ------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """TensorOps for the CPU, by native kernels. Each call is a few instructions, which are run at once, or written down to be
 run for every batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -90,13 +91,13 @@ class NativeOps(ReferenceOps):
             self._kernels.close_pool(self._pool)
             self._pool = None
 
-    def record(self, rows: Rows, full: int, calls: Callable[[], None]) -> list[bytes]:
-        """The instructions of ``calls``, none of which is run: they are given tensors of ``full`` rows, and the instructions
-        work on as many as a batch has. All the tensors must stay where they are."""
+    @contextmanager
+    def record(self, rows: Rows, full: int) -> Iterator[list[bytes]]:
+        """The instructions of the calls made meanwhile, none of which is run: the calls are given tensors of ``full`` rows,
+        and the instructions work on as many as a batch has. All the tensors must stay where they are."""
         self._recording = _Recording(rows, full, [])
         try:
-            calls()
-            return self._recording.instructions
+            yield self._recording.instructions
         finally:
             self._recording = None
 

@@ -1,5 +1,5 @@
 """What an engine would make of a workload: the real scheduler and pool in virtual time, over an executor that computes
-nothing and takes as long as the cost model says."""
+nothing and takes as long as the costs say."""
 
 import math
 from array import array
@@ -13,9 +13,10 @@ from ferrum_rt.interfaces.sampler import SampledToken, SamplingConfig
 from ferrum_rt.interfaces.scheduler import BatchPlan, SequenceRequest, SequenceUpdate
 from ferrum_rt.interfaces.types import Arrival, ClientId, FinishReason, RequestId, TokenId
 from ferrum_rt.runtime.admission import AdmissionPolicy
+from ferrum_rt.runtime.cost_model import StepWork
 from ferrum_rt.runtime.pages import PagedKvCache
 from ferrum_rt.runtime.scheduler import UnifiedScheduler
-from ferrum_rt.runtime.simulation.engine import CostModel, SimulatedEngine
+from ferrum_rt.runtime.simulation.engine import SimulatedEngine, StepCosts
 from ferrum_rt.runtime.simulation.reports import (
     CapacityReport,
     ClientReport,
@@ -56,7 +57,7 @@ class Life:
 def simulate_capacity(
     arrivals: Sequence[Arrival],
     config: EngineConfig,
-    costs: CostModel,
+    costs: StepCosts,
     objectives: Objectives,
     *,
     shared_prefix: int = 0,
@@ -80,7 +81,10 @@ def simulate_capacity(
     scheduler = UnifiedScheduler(cache, num_slots=num_slots, max_model_len=max_model_len, config=config.scheduler)
     world = PlannedWorld(scheduler, config.scheduler, arrivals, shared_prefix)
     engine = SimulatedEngine(
-        scheduler, world, lambda step: costs.step_s(step.batch), max_batched_tokens=size.max_batched_tokens
+        scheduler,
+        world,
+        lambda step: costs.step_s(StepWork.of(step.batch), step.batch.num_rounds),
+        max_batched_tokens=size.max_batched_tokens,
     )
     world.engine = engine
     timeline = Timeline()

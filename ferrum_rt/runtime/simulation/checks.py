@@ -108,12 +108,12 @@ class Checker:
         if request_id in self._live:
             self._live[request_id].has_failed = True
 
-    def take(self, update: SequenceUpdate, now: float) -> None:
+    def take(self, update: SequenceUpdate) -> None:
         live = self._live.get(update.request_id)
         if live is None or (update.error is None and live.outputs[update.index].has_ended):
             raise Violation(Invariant.ONE_END, f"{_name(update)} gets an update after its end")
         self.policies.brought(self.step)
-        self.policies.check_deadline(live.request, update, now)
+        self.policies.check_deadline(live.request, update)
         if update.error is not None:
             self._take_error(live, update)
             return

@@ -7,11 +7,12 @@ from typing import Protocol
 import msgspec
 
 from ferrum_rt.interfaces.errors import BackendError
-from ferrum_rt.interfaces.model_executor import StepInput, StepOutput, UnifiedBatch
+from ferrum_rt.interfaces.model_executor import StepInput, StepOutput
 from ferrum_rt.interfaces.scheduler import BatchHint, BatchPlan, Scheduler, SequenceUpdate
+from ferrum_rt.runtime.cost_model import StepWork
 
 
-class CostModel(msgspec.Struct, frozen=True, kw_only=True):
+class StepCosts(msgspec.Struct, frozen=True, kw_only=True):
     """How long a step takes, in seconds: ``base_s``, and more for each token computed, each sequence in the batch, and each
     token of context that a sequence attends to (its own included). The defaults are those of no machine in particular: 32
     sequences with 1,000 tokens each decode in about 12 ms."""
@@ -21,18 +22,11 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
     sequence_s: float = 30e-6
     context_s: float = 70e-9
 
-    def step_s(self, batch: UnifiedBatch) -> float:
-        tokens = len(batch.decodes)
-        context = tokens
-        for decode in batch.decodes:
-            context += decode.position
-        for prefill in batch.prefills:
-            length = len(prefill.token_ids)
-            tokens += length
-            context += prefill.start + length
-        sequences = len(batch.decodes) + len(batch.prefills)
+    def step_s(self, work: StepWork, num_rounds: int = 1) -> float:
+        """``work`` is that of each round."""
+        tokens, sequences, context = work
         round_s = self.base_s + self.token_s * tokens + self.sequence_s * sequences + self.context_s * context
-        return round_s * batch.num_rounds
+        return round_s * num_rounds
 
 
 class World(Protocol):

@@ -20,25 +20,23 @@ from ferrum_rt.interfaces.model_executor import StepInput, StepOutput
 from ferrum_rt.interfaces.sampler import SamplingConfig
 from ferrum_rt.interfaces.scheduler import BatchPlan, SequenceRequest, SequenceUpdate
 from ferrum_rt.interfaces.types import ClientId, Priority, RequestId, SessionId, TokenId
+from ferrum_rt.runtime.cost_model import StepWork
 from ferrum_rt.runtime.pages import PagedKvCache
 from ferrum_rt.runtime.scheduler import UnifiedScheduler
 from ferrum_rt.runtime.simulation.checks import Checker
 from ferrum_rt.runtime.simulation.digests import DigestMemory, WrongStep, expected_tokens
-from ferrum_rt.runtime.simulation.engine import CostModel, SimulatedEngine
-from ferrum_rt.runtime.simulation.policies import PolicyChecks, Promises
+from ferrum_rt.runtime.simulation.engine import SimulatedEngine, StepCosts
+from ferrum_rt.runtime.simulation.policies import PolicyChecks
 from ferrum_rt.runtime.simulation.violation import Invariant, Violation
 from ferrum_rt.runtime.waiting import INPUT_WEIGHT, OUTPUT_WEIGHT
 
 EOS = TokenId(0)
 MAX_TURNS = 20_000
 MAX_OUTPUTS = 16
-MAX_BARREN_STEPS = 400  # a prompt takes 40 at most, and half a dozen of them may be computed to find which one fails
-COSTS = CostModel()
+COSTS = StepCosts()
 CLIENTS = tuple(ClientId(name) for name in ("ada", "bob", "cyd"))
 SESSIONS = tuple(SessionId(name) for name in ("red", "green"))
 DAY_S = 86_400.0
-PROMISES = Promises(isolates=True, drops_early=True, max_lead=math.inf, max_barren_steps=MAX_BARREN_STEPS)
-"""Of the scheduler as it is; the lead that a client may have is each engine's own."""
 
 
 class Fault(enum.Enum):
@@ -144,23 +142,23 @@ class Outcome(msgspec.Struct, frozen=True):
 
 def run_seed(
     seed: int,
-    promises: Promises = PROMISES,
     *,
+    max_wait_steps: int | None = None,
     scheduler_type: type[UnifiedScheduler] = UnifiedScheduler,
     cache_type: type[PagedKvCache] = PagedKvCache,
     again: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Outcome:
     """Live one seed to its end, with ``again`` once more; raises Violation. ``say`` gets a line for each event."""
-    outcome = _live(seed, promises, scheduler_type, cache_type, EventLog(say))
-    if again and _live(seed, promises, scheduler_type, cache_type, EventLog(None)) != outcome:
+    outcome = _live(seed, max_wait_steps, scheduler_type, cache_type, EventLog(say))
+    if again and _live(seed, max_wait_steps, scheduler_type, cache_type, EventLog(None)) != outcome:
         raise Violation(Invariant.SAME_LOG, "its second life was another", seed, outcome.steps)
     return outcome
 
 
 def _live(
     seed: int,
-    promises: Promises,
+    max_wait_steps: int | None,
     scheduler_type: type[UnifiedScheduler],
     cache_type: type[PagedKvCache],
     log: "EventLog",
@@ -178,16 +176,15 @@ def _live(
         page_bytes=scenario.page_bytes,
         max_rounds=scenario.max_rounds,
     )
-    if promises.max_lead is not None:
-        promises = msgspec.structs.replace(promises, max_lead=scenario.max_lead)
-    checker = Checker(scheduler, cache, PolicyChecks(promises), max_tokens=scenario.max_batched_tokens)
+    policies = PolicyChecks(max_lead=scenario.max_lead, max_wait_steps=max_wait_steps)
+    checker = Checker(scheduler, cache, policies, max_tokens=scenario.max_batched_tokens)
     world = RandomWorld(scenario, scheduler, checker, rng, log)
     try:
         world.run()
     except Violation as violation:
         violation.seed, violation.step = seed, checker.step
         raise
-    return Outcome(seed, world.engine.num_steps, scenario.num_requests, checker.policies.longest_wait, log.hexdigest())
+    return Outcome(seed, world.engine.num_steps, scenario.num_requests, policies.longest_wait, log.hexdigest())
 
 
 class EventLog:
@@ -271,7 +268,7 @@ class RandomWorld:
         self._log.add("step", plan.batch_id, "fails" if fails else "runs", plan.step)
         output = self._memory.execute(plan.step, nan=self._nan, damaged=fails)
         # A request that is alone in a step that fails cannot be told from a guilty one.
-        at_fault = self._guilty if self._checker.policies.promises.isolates and len(set(rows)) > 1 else rows
+        at_fault = self._guilty if len(set(rows)) > 1 else rows
         for request_id in rows:
             if (fails and request_id in at_fault) or request_id in self._nan:
                 self._checker.failed(request_id)
@@ -282,12 +279,12 @@ class RandomWorld:
     def take(self, updates: list[SequenceUpdate]) -> None:
         for update in updates:
             self._log.add("update", update)
-            self._checker.take(update, self.engine.now)
+            self._checker.take(update)
         self._parked.intersection_update(self._checker.live)
 
     def _step_s(self, step: StepInput) -> float:
         stalls = self._rng.random() < self._scenario.rates[Fault.STALL]
-        return COSTS.step_s(step.batch) * (1000 if stalls else 1)
+        return COSTS.step_s(StepWork.of(step.batch), step.batch.num_rounds) * (1000 if stalls else 1)
 
     # -- callers ------------------------------------------------------------------------------------------------------
 
