@@ -30,7 +30,36 @@ from ferrum_rt.kernels.cuda import CudaOps
 from ferrum_rt.kernels.cuda.sampling import DrawForm, DrawParams, draw_in_graph
 
 BLOCK_SIZE = 16
+BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
+
+
+class Attention(NamedTuple):
+    """Layers of one ``kind`` in a model of ``dtype`` with pages of ``kv_dtype``."""
+
+    kind: AttentionKind
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+
+    def __str__(self) -> str:
+        kind = self.kind
+        extras = [name for name, value in (("window", kind.window), ("soft cap", kind.soft_cap)) if value is not None]
+        shape = f"{kind.num_heads} heads over {kind.num_kv_heads} of {kind.head_dim}"
+        return ", ".join([shape, *extras, f"{self.dtype} over {self.kv_dtype}"])
+
+
+# The shapes of ``_gpu_models``, the demo model, and what ``tests/gpu`` has beside them: windows and soft caps as tiny
+# checkpoints of Mistral and Gemma have them.
+ATTENTION = [
+    *(Attention(AttentionKind(*shape, 0.1), BF16, BF16) for shape in ((32, 8, 128), (16, 8, 128), (32, 8, 64), (4, 2, 64))),
+    Attention(AttentionKind(4, 2, 64, 0.1), FP16, FP16),
+    Attention(AttentionKind(4, 2, 64, 0.1), FP16, FP8),
+    Attention(AttentionKind(4, 2, 64, 0.1, window=16), BF16, BF16),
+    Attention(AttentionKind(4, 2, 64, 0.1, soft_cap=5.0), BF16, BF16),
+    Attention(AttentionKind(4, 2, 64, 0.1, window=16, soft_cap=5.0), BF16, BF16),
+    Attention(AttentionKind(8, 4, 256, 0.1, window=100, soft_cap=50.0), BF16, BF16),
+]
 _NO_JIT = "FLASHINFER_DISABLE_JIT"
+_CACHE = "flashinfer_jit_cache"
 _PACKAGE = '''"""Compiled for one version of FlashInfer and of tvm-ffi."""
 
 from pathlib import Path
@@ -51,18 +80,17 @@ class Call(NamedTuple):
 
 
 def calls(device: str, flashinfer: Any = None) -> Iterator[Call]:
-    """For the shapes of ``_gpu_models`` in bfloat16, and the demo model in both types of 16 bits."""
-    kinds = {
-        torch.bfloat16: [AttentionKind(*shape, 0.1) for shape in ((32, 8, 128), (16, 8, 128), (32, 8, 64), (4, 2, 64))],
-        torch.float16: [AttentionKind(4, 2, 64, 0.1)],
-    }
-    for dtype, attention in kinds.items():
-        ops = CudaOps(device, block_size=BLOCK_SIZE, kv_dtype=dtype, dtype=dtype, flashinfer=flashinfer)
-        for kind in attention:
-            shape = f"{kind.num_heads} heads over {kind.num_kv_heads} of {kind.head_dim}, {dtype}"
-            yield Call(f"prefill, {shape}", _Attention(ops, kind, dtype).prefill)
-            yield Call(f"decode, {shape}", _Attention(ops, kind, dtype).decode)
-        yield from _small_calls(ops, dtype)
+    """All that is called of FlashInfer, each with every module that it needs."""
+    made: dict[tuple[torch.dtype, torch.dtype], CudaOps] = {}
+    for attention in ATTENTION:
+        dtype, kv_dtype = types = attention[1:]
+        if types not in made:
+            made[types] = CudaOps(device, block_size=BLOCK_SIZE, kv_dtype=kv_dtype, dtype=dtype, flashinfer=flashinfer)
+        step = _Step(made[types], attention)
+        yield Call(f"prefill, {attention}", step.prefill)
+        yield Call(f"decode, {attention}", step.decode)
+    for dtype in (BF16, FP16):
+        yield from _small_calls(made[dtype, dtype], dtype)
     logits, params = torch.zeros((2, 512), device=device), draw_params(2, device)
     yield Call("draw", lambda: draw_in_graph(logits, params, DrawForm.TRUNCATED, flashinfer))
 
@@ -77,20 +105,22 @@ def _small_calls(ops: CudaOps, dtype: torch.dtype) -> Iterator[Call]:
     yield Call("rope", lambda: ops.qk_norm_rope(heads, None, 1e-6, positions, cos_sin))
 
 
-class _Attention:
-    """One step of two sequences of one page each."""
+class _Step:
+    """Of two sequences of one page each."""
 
-    def __init__(self, ops: CudaOps, kind: AttentionKind, dtype: torch.dtype) -> None:
-        self._ops, self._kind, self._dtype = ops, kind, dtype
-        self._pages: KvPages = allocate_pages(2 * BLOCK_SIZE, kind.num_kv_heads, kind.head_dim, dtype, ops.device)
-        self._pages.data.zero_()
+    def __init__(self, ops: CudaOps, attention: Attention) -> None:
+        kind = attention.kind
+        self._ops, self._kind, self._dtype = ops, kind, attention.dtype
+        rows = 2 * BLOCK_SIZE
+        self._pages: KvPages = allocate_pages(rows, kind.num_kv_heads, kind.head_dim, attention.kv_dtype, ops.device)
+        self._pages.data.view(torch.uint8).zero_()
         self._tables = ops.from_host([[0], [1]], torch.int64)
 
     def prefill(self) -> None:
         none = self._ops.zeros((0,), torch.int64)
-        spans = [QuerySpan(0, 0, 1, 4), QuerySpan(1, 1, 3, 0)]
+        spans = [QuerySpan(0, 0, 2, 4), QuerySpan(1, 2, 3, 0)]  # one query alone would be a decode
         batch = TokenBatch(none, none, none, none, spans, self._tables, BLOCK_SIZE)
-        self._attend(4, self._ops.plan_attention(batch, [self._kind]))
+        self._attend(5, self._ops.plan_attention(batch, [self._kind]))
 
     def decode(self) -> None:
         attention = self._ops.decode_attention(2, 1, [self._kind])
@@ -138,10 +168,13 @@ def missing_modules(todo: list[Call]) -> dict[str, Any]:
 
 
 def compile_all(device: str, out: Path, put: Callable[..., None]) -> None:
-    """Compile, call, and copy what was compiled to ``out``/aot, a folder to put on PYTHONPATH next time."""
+    """Compile, call, and copy what was compiled to ``out``/aot, which is on PYTHONPATH of whatever runs after this, and of
+    what runs next time. What came from such a folder is copied too, so that the new one is whole."""
     import flashinfer
     from flashinfer.jit import core, env
 
+    aot = out / "aot"
+    take_over(env.FLASHINFER_AOT_DIR, aot / _CACHE)
     todo = list(calls(device))
     began = time.perf_counter()
     missing = missing_modules(todo)
@@ -151,7 +184,9 @@ def compile_all(device: str, out: Path, put: Callable[..., None]) -> None:
     except Exception as error:  # the calls below compile what is missing, one by one, and say which of them fails
         put(build_error=repr(error)[-2000:])
     put(modules=len(missing), compile_s=time.perf_counter() - began, jobs=os.environ.get("MAX_JOBS"))
-    keep_for_next_time(env.FLASHINFER_JIT_DIR, out / "aot", flashinfer.__version__, put)
+    keep_for_next_time(env.FLASHINFER_JIT_DIR, aot, flashinfer.__version__, put)
+    # Else it asks ninja, which keeps no record of what another build compiled, and would compile each module again.
+    env.FLASHINFER_AOT_DIR = aot / _CACHE
     first, again, failures = {}, {}, {}
     for call in todo:
         try:
@@ -160,25 +195,34 @@ def compile_all(device: str, out: Path, put: Callable[..., None]) -> None:
         except Exception as error:
             failures[call.what] = repr(error)[-1000:]
     put(first_call_s=first, second_call_s=again, failures=failures)
-    keep_for_next_time(env.FLASHINFER_JIT_DIR, out / "aot", flashinfer.__version__, put)
+    keep_for_next_time(env.FLASHINFER_JIT_DIR, aot, flashinfer.__version__, put)
+
+
+def take_over(earlier: Path, package: Path) -> None:
+    """The libraries that an earlier run left."""
+    if earlier.is_dir() and earlier.resolve() != package.resolve():
+        shutil.copytree(earlier, package, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def specs_without_gpu() -> list[Any]:
-    """What ``calls`` needs on a GPU of compute capability 9.0, by the rules of FlashInfer 0.6.18: prefills run on FA3,
-    decodes of groups from four on with FA2's prefill kernel, others with the decode kernel."""
+    """What ``calls`` needs on a GPU of compute capability 9.0, by the rules of FlashInfer 0.6.18: prefills run on FA3, over
+    fp8 on FA2, decodes of groups from four on with FA2's prefill kernel, others with the decode kernel."""
     from flashinfer.jit import activation, norm, rope, sampling
     from flashinfer.jit.attention import gen_batch_decode_module, gen_batch_prefill_module
 
     small = [norm.gen_norm_module(), rope.gen_rope_module(), sampling.gen_sampling_module()]
     small += [activation.gen_act_and_mul_module(name) for name in ("silu", "gelu_tanh")]
-    attention = []
-    for dtype, dims, grouped in ((torch.bfloat16, (128, 64), (128, 64)), (torch.float16, (64,), ())):
-        for dim in dims:
-            shape = (dtype, dtype, dtype, torch.int32, dim, dim, 0, False, False)  # no rotation, no window, no soft cap
-            attention.append(gen_batch_decode_module(*shape))
-            attention += [gen_batch_prefill_module("fa2", *shape, False)] if dim in grouped else []
-            attention.append(gen_batch_prefill_module("fa3", *shape, False))
-    return [*small, *attention]
+    attention = {}
+    for kind, dtype, kv_dtype in ATTENTION:
+        types, dims = (dtype, kv_dtype, dtype, torch.int32), (kind.head_dim, kind.head_dim)
+        shape = (*types, *dims, 0, kind.window is not None, kind.soft_cap is not None)  # 0: no rotation
+        is_grouped, is_narrow = kind.num_heads // kind.num_kv_heads >= 4, kv_dtype is FP8
+        for spec in (
+            gen_batch_prefill_module("fa2", *shape, False) if is_grouped else gen_batch_decode_module(*shape),
+            gen_batch_prefill_module("fa2" if is_narrow else "fa3", *shape, False),
+        ):
+            attention[spec.name] = spec
+    return [*small, *attention.values()]
 
 
 def _seconds(call: Call) -> float:
@@ -190,7 +234,7 @@ def _seconds(call: Call) -> float:
 
 def keep_for_next_time(built: Path, aot: Path, version: str, put: Callable[..., None]) -> None:
     """FlashInfer of ``version`` asks a package ``flashinfer_jit_cache`` where compiled modules lie, if there is one."""
-    package = aot / "flashinfer_jit_cache"
+    package = aot / _CACHE
     package.mkdir(parents=True, exist_ok=True)
     (package / "__init__.py").write_text(_PACKAGE.format(version=version), encoding="utf-8")
     sizes = {}

@@ -49,10 +49,11 @@ _END = 4000  # characters of what a part said
 _PEEK_S = 3.0
 
 
-def child_environment(cache: Path, aot: Path | None, *, is_smoke: bool) -> dict[str, str]:
+def child_environment(cache: Path, out: Path, aot: Path | None, *, is_smoke: bool) -> dict[str, str]:
     """For the parts alone: nothing is set in this process. FlashInfer's norms are to be the CUDA ones, for the others need
-    a package that is not there; and what it compiles is to lie where we find it."""
-    paths = [*([str(aot)] if aot else []), *filter(None, os.environ.get("PYTHONPATH", "").split(":")), str(ROOT)]
+    a package that is not there; and what it compiles is to lie where we find it, and later parts do."""
+    given = os.environ.get("PYTHONPATH", "").split(":")
+    paths = [str(out / "aot"), *([str(aot)] if aot else []), *filter(None, given), str(ROOT)]
     return {
         **os.environ,
         "PYTHONPATH": ":".join(dict.fromkeys(paths)),
@@ -204,7 +205,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run_all(args: argparse.Namespace, out: Path) -> dict[str, Any]:
-    run = Run(args, out, child_environment(args.cache, args.aot and args.aot.resolve(), is_smoke=args.smoke))
+    run = Run(args, out, child_environment(args.cache, out.resolve(), args.aot and args.aot.resolve(), is_smoke=args.smoke))
     groups = _SMOKE_GROUPS if args.smoke else tuple((name,) for name in args.parts)
     for group in groups:
         if names := tuple(name for name in group if name in args.parts):

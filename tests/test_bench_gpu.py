@@ -117,8 +117,8 @@ def test_no_part_is_begun_that_cannot_end(tmp_path: Path) -> None:
 def test_flashinfer_is_set_up_for_the_parts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their environment has what it wants; this process's own has nothing of it."""
     monkeypatch.setenv("PYTHONPATH", "/site")
-    made = gpu.child_environment(tmp_path / "cache", tmp_path / "aot", is_smoke=False)
-    assert made["PYTHONPATH"].split(":") == [str(tmp_path / "aot"), "/site", str(ROOT)]
+    made = gpu.child_environment(tmp_path / "cache", tmp_path / "out", tmp_path / "earlier", is_smoke=False)
+    assert made["PYTHONPATH"].split(":") == [str(tmp_path / "out" / "aot"), str(tmp_path / "earlier"), "/site", str(ROOT)]
     assert made["FLASHINFER_USE_CUDA_NORM"] == "1"
     assert (tmp_path / "cache" / "stubs" / "libcuda.so").is_file() == bool(made["LIBRARY_PATH"])
     assert not [name for name in os.environ if name.startswith("FLASHINFER_")]
@@ -189,6 +189,18 @@ def test_libraries_are_kept(tmp_path: Path) -> None:
     assert found["library_bytes"] == {"norm": 7}
     files = {str(path.relative_to(tmp_path / "aot")) for path in (tmp_path / "aot").rglob("*") if path.is_file()}
     assert files == {"flashinfer_jit_cache/__init__.py", "flashinfer_jit_cache/norm/norm.so"}
+
+
+def test_what_an_earlier_run_compiled_is_taken_over(tmp_path: Path) -> None:
+    """The folder of this run has the libraries of both; where there was no earlier run, nothing is taken."""
+    build(tmp_path / "built")
+    package = tmp_path / "aot" / "flashinfer_jit_cache"
+    _gpu_kernels.keep_for_next_time(tmp_path / "built", tmp_path / "earlier", "0.6.18", lambda **fields: None)
+    (tmp_path / "earlier" / "flashinfer_jit_cache" / "norm").rename(tmp_path / "earlier" / "flashinfer_jit_cache" / "rope")
+    for earlier in (tmp_path / "earlier" / "flashinfer_jit_cache", tmp_path / "none", package):
+        _gpu_kernels.take_over(earlier, package)
+    _gpu_kernels.keep_for_next_time(tmp_path / "built", tmp_path / "aot", "0.6.18", lambda **fields: None)
+    assert {path.name for path in package.iterdir()} == {"__init__.py", "norm", "rope"}
 
 
 @pytest.mark.slow

@@ -91,15 +91,13 @@ class Checker:
             raise Violation(Invariant.STEP, f"{batch.num_tokens} tokens are planned, where 1 to {self._max_tokens} may be")
         for assigned in step.assigned:
             self._owners[assigned.slot] = assigned.request_id
-        parts = [(item.slot, batch.num_rounds) for item in batch.decodes]
-        parts += [(item.slot, len(item.token_ids)) for item in batch.prefills]
         rows = []
-        for slot, num_tokens in parts:
+        for slot in [item.slot for item in batch.decodes] + [item.slot for item in batch.prefills]:
             request_id = self._owners.get(slot)
             live = None if request_id is None else self._live.get(request_id)
             if request_id is None or live is None:
                 raise Violation(Invariant.ONE_END, f"slot {slot} is planned for {request_id}, which has ended")
-            self.policies.served(live.request, num_tokens, self.step)
+            self.policies.served(live.request, self.step)
             rows.append(request_id)
         return rows
 

@@ -3,12 +3,12 @@
 What holds under any policy is in ``checks``.
 """
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable
 
 from ferrum_rt.interfaces.errors import DeadlineExceeded
 from ferrum_rt.interfaces.scheduler import SequenceRequest, SequenceUpdate
-from ferrum_rt.interfaces.types import ClientId, FinishReason, RequestId
+from ferrum_rt.interfaces.types import FinishReason, RequestId
 from ferrum_rt.runtime.simulation.violation import Invariant, Violation
 
 # Something comes of so many steps for somebody: a prompt takes 40 at most, and half a dozen of them may be computed to find
@@ -19,10 +19,9 @@ MAX_BARREN_STEPS = 400
 class PolicyChecks:
     """Told of each request's life, and of each step's part in it. ``max_lead`` is what one client may be served more than
     another while both wait, in weighted tokens. A request that is not parked has a part in one of ``max_wait_steps`` steps;
-    None for no bound. ``service`` counts the tokens computed for each client; ``longest_wait`` is in steps."""
+    None for no bound. ``longest_wait`` is in steps."""
 
     def __init__(self, *, max_lead: float, max_wait_steps: int | None = None) -> None:
-        self.service: Counter[ClientId] = Counter()
         self.longest_wait = 0
         self._max_lead, self._max_wait_steps = max_lead, max_wait_steps
         self._brought_at = 0
@@ -41,9 +40,8 @@ class PolicyChecks:
         """Somebody got something of a step, be it an end."""
         self._brought_at = step
 
-    def served(self, request: SequenceRequest, num_tokens: int, step: int) -> None:
-        """``num_tokens`` of the request's are computed by a step, in one of its samples."""
-        self.service[request.client_id] += num_tokens
+    def served(self, request: SequenceRequest, step: int) -> None:
+        """Tokens of the request's are computed by a step."""
         if request.request_id in self._served_at:
             self.longest_wait = max(self.longest_wait, step - self._served_at[request.request_id])
             self._served_at[request.request_id] = step
