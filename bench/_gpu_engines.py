@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 OURS, VLLM, TRANSFORMERS = "ferrum_rt", "vllm", "transformers"
 
@@ -170,12 +170,12 @@ def serve_transformers(
             AutoConfig.from_pretrained(model), dtype=torch.bfloat16, attn_implementation="sdpa"
         )
     made.to(device).eval().generation_config.eos_token_id = None
-    page_size = 256
+    stay = {"auto_switch_to_flash": False} if hasattr(ContinuousBatchingConfig, "auto_switch_to_flash") else {}
+    page_size = 256  # its own choice, by a name that changed after 5.17
     config = ContinuousBatchingConfig(
-        page_size=page_size,
         num_blocks=8 + 2 * min(settings.max_requests, 64) * -(-settings.max_model_len // page_size),
         max_batch_tokens=settings.max_batched_tokens,
-        auto_switch_to_flash=False,
+        **cast(Any, stay),
     )
     send({"is_ready": True})
     while (workload := receive()) is not None:

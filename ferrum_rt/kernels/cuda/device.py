@@ -137,8 +137,10 @@ class CudaDevice:
     def _begin_graph(self) -> None:
         graph = torch.cuda.CUDAGraph()
         self._captured.append(graph)
-        # In the default mode anything that another thread of the host does with CUDA meanwhile breaks the capture.
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        # A first capture sets up the default generator, which the host may want outside of inference mode later. In the
+        # default mode anything that another thread of the host does with CUDA meanwhile breaks the capture.
+        with torch.inference_mode(False):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
     def memory(self) -> DeviceMemory:
         free, total = torch.cuda.mem_get_info(self.name)
