@@ -12,6 +12,7 @@ import pytest
 from ferrum_rt.interfaces.errors import RequestValidationError, TokenizerError
 from ferrum_rt.interfaces.types import ChatMessage, Tool
 from ferrum_rt.runtime.chat_template import MAX_TEMPLATE, ChatTemplate
+from tests.machine import seconds_here
 from tests.runtime.chat_templates import (
     CONVERSATIONS,
     SPECIAL_TOKENS,
@@ -369,7 +370,7 @@ def test_hostile(name: str) -> None:
     start = time.thread_time()
     with pytest.raises(RequestValidationError, match=r"^prompt: the model's chat template"):
         hostile.render([user("Hi")])
-    assert time.thread_time() - start < 1
+    assert time.thread_time() - start < seconds_here(1)
     assert render(TEMPLATES["zephyr"]) == "<|user|>\nHi</s>\n<|assistant|>\n"
 
 
