@@ -185,9 +185,7 @@ class CudaExecutor:
             self._sampler.assign(assigned.slot, assigned.sampling, assigned.history)
         rows = lay_out(step.batch)
         others = [row for row, slot in enumerate(rows.sampled_slots) if not self._is_plain[slot]]
-        context = SamplingContext(
-            slots=[rows.sampled_slots[row] for row in others], positions=[rows.sampled_positions[row] for row in others]
-        )
+        context = rows.context(others)
         run = self._take_over(step, rows)
         if others:
             self._sampler.prepare(context)

@@ -64,7 +64,7 @@ class DecoderExecutor:
         if step.batch.num_rounds > 1:
             return self._run_rounds(rows, step.batch.num_rounds)
         others = self._for_sampler(rows)
-        context = _context(rows, others)
+        context = rows.context(others)
         if others:
             self._sampler.prepare(context)
         self._inputs.fill(rows)
@@ -85,10 +85,10 @@ class DecoderExecutor:
         self._inputs.fill(rows)
         others = self._for_sampler(rows)
         if others:
-            rounds = [self._choose(self._runner.run(), others, _context(rows, others))]
+            rounds = [self._choose(self._runner.run(), others, rows.context(others))]
             while len(rounds) < num_rounds:
                 self._inputs.advance([item.token_id for item in rounds[-1]])
-                rounds.append(self._choose(self._runner.run(), others, _context(rows, others, ahead=len(rounds))))
+                rounds.append(self._choose(self._runner.run(), others, rows.context(others, ahead=len(rounds))))
         else:
             rounds = [[_sampled(token) for token in found] for found in self._runner.run_rounds(num_rounds)]
         self._inputs.keep(rows.sampled_slots, [item.token_id for item in rounds[-1]])
@@ -138,14 +138,6 @@ class DecoderExecutor:
             ours = part[swap.page * size : (swap.page + 1) * size]
             theirs = host[swap.host_page * size : (swap.host_page + 1) * size]
             theirs.copy_(ours) if to_host else ours.copy_(theirs)
-
-
-def _context(rows: StepRows, sampled: list[int], ahead: int = 0) -> SamplingContext:
-    """Of these of the sampled rows, so many rounds later."""
-    return SamplingContext(
-        slots=[rows.sampled_slots[row] for row in sampled],
-        positions=[rows.sampled_positions[row] + ahead for row in sampled],
-    )
 
 
 def _sampled(token: TokenId | None) -> SampledToken:

@@ -14,7 +14,7 @@ from ferrum_rt.interfaces.model_executor import (
     StepOutput,
     UnifiedBatch,
 )
-from ferrum_rt.interfaces.sampler import SampledToken, Sampler, TokenScores
+from ferrum_rt.interfaces.sampler import SampledToken, Sampler, SamplingContext, TokenScores
 from ferrum_rt.interfaces.types import MemoryUsage, TokenId
 from ferrum_rt.kernels.batch import KvPages, QuerySpan
 
@@ -37,6 +37,13 @@ class StepRows:
     @property
     def prefill_spans(self) -> list[QuerySpan]:
         return self.spans[self.num_decodes :]
+
+    def context(self, sampled: Sequence[int], ahead: int = 0) -> SamplingContext:
+        """Of these of the sampled rows, so many rounds later."""
+        return SamplingContext(
+            slots=[self.sampled_slots[row] for row in sampled],
+            positions=[self.sampled_positions[row] + ahead for row in sampled],
+        )
 
 
 def lay_out(items: UnifiedBatch) -> StepRows:
