@@ -60,6 +60,7 @@ ATTENTION = [
 ]
 _NO_JIT = "FLASHINFER_DISABLE_JIT"
 _CACHE = "flashinfer_jit_cache"
+_GROUP = 8  # modules, of some ten sources each
 _PACKAGE = '''"""Compiled for one version of FlashInfer and of tvm-ffi."""
 
 from pathlib import Path
@@ -80,19 +81,20 @@ class Call(NamedTuple):
 
 
 def calls(device: str, flashinfer: Any = None) -> Iterator[Call]:
-    """All that is called of FlashInfer, each with every module that it needs."""
-    made: dict[tuple[torch.dtype, torch.dtype], CudaOps] = {}
-    for attention in ATTENTION:
-        dtype, kv_dtype = types = attention[1:]
-        if types not in made:
-            made[types] = CudaOps(device, block_size=BLOCK_SIZE, kv_dtype=kv_dtype, dtype=dtype, flashinfer=flashinfer)
-        step = _Step(made[types], attention)
-        yield Call(f"prefill, {attention}", step.prefill)
-        yield Call(f"decode, {attention}", step.decode)
+    """All that is called of FlashInfer, what every model needs first."""
+    types = dict.fromkeys(attention[1:] for attention in ATTENTION)
+    made = {
+        (dtype, kv_dtype): CudaOps(device, block_size=BLOCK_SIZE, kv_dtype=kv_dtype, dtype=dtype, flashinfer=flashinfer)
+        for dtype, kv_dtype in types
+    }
     for dtype in (BF16, FP16):
         yield from _small_calls(made[dtype, dtype], dtype)
     logits, params = torch.zeros((2, 512), device=device), draw_params(2, device)
     yield Call("draw", lambda: draw_in_graph(logits, params, DrawForm.TRUNCATED, flashinfer))
+    for attention in ATTENTION:
+        step = _Step(made[attention[1:]], attention)
+        yield Call(f"prefill, {attention}", step.prefill)
+        yield Call(f"decode, {attention}", step.decode)
 
 
 def _small_calls(ops: CudaOps, dtype: torch.dtype) -> Iterator[Call]:
@@ -169,7 +171,8 @@ def missing_modules(todo: list[Call]) -> dict[str, Any]:
 
 def compile_all(device: str, out: Path, put: Callable[..., None]) -> None:
     """Compile, call, and copy what was compiled to ``out``/aot, which is on PYTHONPATH of whatever runs after this, and of
-    what runs next time. What came from such a folder is copied too, so that the new one is whole."""
+    what runs next time. What came from such a folder is copied too, so that the new one is whole. A few modules at a time:
+    if this is cut off, what was compiled by then is there."""
     import flashinfer
     from flashinfer.jit import core, env
 
@@ -179,12 +182,13 @@ def compile_all(device: str, out: Path, put: Callable[..., None]) -> None:
     began = time.perf_counter()
     missing = missing_modules(todo)
     progress(f"{len(missing)} modules to compile: {', '.join(missing)}")
-    try:
-        core.build_jit_specs(list(missing.values()))
-    except Exception as error:  # the calls below compile what is missing, one by one, and say which of them fails
-        put(build_error=repr(error)[-2000:])
-    put(modules=len(missing), compile_s=time.perf_counter() - began, jobs=os.environ.get("MAX_JOBS"))
-    keep_for_next_time(env.FLASHINFER_JIT_DIR, aot, flashinfer.__version__, put)
+    for first_of_group in range(0, len(missing), _GROUP):
+        try:
+            core.build_jit_specs(list(missing.values())[first_of_group : first_of_group + _GROUP])
+        except Exception as error:  # the calls below compile what is missing, one by one, and say which of them fails
+            put(build_error=repr(error)[-2000:])
+        put(modules=len(missing), compile_s=time.perf_counter() - began, jobs=os.environ.get("MAX_JOBS"))
+        keep_for_next_time(env.FLASHINFER_JIT_DIR, aot, flashinfer.__version__, put)
     # Else it asks ninja, which keeps no record of what another build compiled, and would compile each module again.
     env.FLASHINFER_AOT_DIR = aot / _CACHE
     first, again, failures = {}, {}, {}
