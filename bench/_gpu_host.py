@@ -61,7 +61,7 @@ async def host_times(is_smoke: bool, put: Callable[..., None]) -> None:
             launches = LaunchTimes(executor)
             for repeat in range(repeats):
                 rows.append(await _one(engine, launches, batch, count, vocab_size, repeat))
-                rows[-1] |= graphs_us(executor, batch, 2 if is_smoke else 100)
+                rows[-1] |= graphs_us(executor, batch, 32 + count, 2 if is_smoke else 100)
             prompts = await _prompts_in_turns(engine, launches, batch, vocab_size, repeats)
         rows = rows[1:]  # the first one warms up
         found = {f"{part}_us": spread(row[part] for row in rows) for part in rows[0]}
@@ -128,11 +128,15 @@ async def _prompts_in_turns(
     return {kind: {part: spread(row[part] for row in found[1:]) for part in found[0]} for kind, found in rows.items()}
 
 
-def graphs_us(executor: Any, batch: int, replays: int) -> dict[str, float]:
-    """Microseconds of a greedy step's graphs alone (``gpu``), with nothing done between replays: the least that a step can
-    take; and of the draws by themselves. Nobody may be using the engine; what the replays write lies in pages of requests
-    that have ended."""
-    graphs = next(made for size, made in executor._graphs.items() if size >= batch)
+def graphs_us(executor: Any, batch: int, num_tokens: int, replays: int) -> dict[str, float]:
+    """Microseconds of a greedy step's graphs alone (``gpu``), over ``num_tokens`` of each sequence and with nothing done
+    between replays: the least that a step can take; and of the draws by themselves. Nobody may be using the engine; what the
+    replays write lies in pages of requests that have ended."""
+    size, graphs = next((size, made) for size, made in executor._graphs.items() if size >= batch)
+    # The last step may have been one of another size, which shares its plan's memory.
+    with torch.inference_mode(), executor._device.stream():
+        executor._device.synchronize()
+        graphs.attention.replan(list(range(size)), [num_tokens] * size, executor._block_tables)
     parts = {f"draw_{form.name.lower()}": [graphs.draws[form]] for form in DrawForm}
     parts["gpu"] = [graphs.forward, graphs.draws[DrawForm.GREEDY]]
     return {name: _replays_us(executor._device, part, replays) for name, part in parts.items()}

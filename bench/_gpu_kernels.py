@@ -61,16 +61,17 @@ ATTENTION = [
 _NO_JIT = "FLASHINFER_DISABLE_JIT"
 _CACHE = "flashinfer_jit_cache"
 _GROUP = 8  # modules, of some ten sources each
-_PACKAGE = '''"""Compiled for one version of FlashInfer and of tvm-ffi."""
+_MADE_HERE = '"""Compiled for one version of FlashInfer and of tvm-ffi."""'
+_PACKAGE = f"""{_MADE_HERE}
 
 from pathlib import Path
 
-__version__ = {version!r}
+__version__ = {{version!r}}
 
 
 def get_jit_cache_dir() -> str:
     return str(Path(__file__).parent)
-'''
+"""
 
 
 class Call(NamedTuple):
@@ -203,8 +204,9 @@ def compile_all(device: str, out: Path, put: Callable[..., None]) -> None:
 
 
 def take_over(earlier: Path, package: Path) -> None:
-    """The libraries that an earlier run left."""
-    if earlier.is_dir() and earlier.resolve() != package.resolve():
+    """The libraries that an earlier run left; not those that somebody else compiled of all there is."""
+    made_here = earlier / "__init__.py"
+    if made_here.is_file() and made_here.read_text(encoding="utf-8").startswith(_MADE_HERE) and earlier != package:
         shutil.copytree(earlier, package, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
 
 

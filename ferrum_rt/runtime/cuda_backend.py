@@ -172,7 +172,12 @@ class _Builder:
         device.forget_peak()
         executor = self._executor(self._wanted_len, num_pages=1)
         try:
-            executor.execute(self._largest_step()).result()
+            # One that is drawn in every way that a graph can, and one that the sampler draws in all of its own.
+            for sampling in (
+                SamplingConfig(temperature=1.0, top_k=50, top_p=0.9),
+                SamplingConfig(temperature=1.0, top_p=0.9, repetition_penalty=1.1, logprobs=1),
+            ):
+                executor.execute(self._largest_step(sampling)).result()
         finally:
             executor.close()
         device.synchronize()
@@ -182,13 +187,12 @@ class _Builder:
         device.empty_cache()
         return int(memory.total * self._job.config.memory.utilization) - others - memory.peak - in_passing
 
-    def _largest_step(self) -> StepInput:
-        """As many tokens as a step may have, over all slots, all of them sampled by every means. They share one page, for
-        what they compute does not matter."""
+    def _largest_step(self, sampling: SamplingConfig) -> StepInput:
+        """As many tokens as a step may have, over all slots, all of which are sampled. They share one page, for what they
+        compute does not matter."""
         # The token that is drawn must have its place in the longest sequence too.
         length = max(1, min(self._max_tokens // self._num_slots, self._wanted_len - 1))
         tokens = [TokenId(0)] * length
-        sampling = SamplingConfig(temperature=1.0, top_p=0.9, repetition_penalty=1.1, logprobs=1)
         history = SequenceHistory(token_ids=tokens, num_prompt_tokens=length)
         pages = [0] * -(-length // self._block_size)
         slots = range(self._num_slots)

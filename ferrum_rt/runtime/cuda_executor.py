@@ -295,7 +295,10 @@ class CudaExecutor:
         self._inputs.begin([], [])
         tokens = self._put_rows([], [], [], size)
         self._inputs.upload()
-        spans = [QuerySpan(self.num_slots, row, 1, 0) for row in range(size)]
+        # Decodes and, if there is room, a prompt: each has kernels of its own, which are to be there before the first step.
+        num_decodes = size - 2 if size > 1 else size
+        spans = [QuerySpan(self.num_slots, row, 1, 0) for row in range(num_decodes)]
+        spans += [QuerySpan(self.num_slots, num_decodes, 2, 0)] if size > 1 else []
         first = self._batch(*tokens, self._row_numbers[:0], spans)
         # Once as it is: what has to be set up at its first use cannot be captured.
         self._decoder.forward(first, self._decoder.plan_attention(first), self._cache)

@@ -23,7 +23,7 @@ WORKSPACE_BYTES = 384 * 2**20
 most, with graphs as ``_check_workspace`` has it."""
 _PLAN_BYTES = 8 * 2**20  # as much as a wrapper allocates of its own accord
 _TENSOR_CORES_FROM = 4
-_TILE = 16  # rows of queries and heads that share keys
+_TILES = (16, 64, 128)  # rows of queries and heads that share keys, in FA2
 _PROCESSORS = 132  # an H100's, where there is no device to ask
 
 
@@ -166,6 +166,10 @@ class DecodeBuffers(NamedTuple):
     last_page_len: Tensor
     plans: list[Tensor]
 
+    def has_room(self, num_rows: int, max_pages: int, num_kinds: int) -> bool:
+        is_long = len(self.last_page_len) >= num_rows and len(self.indices) >= num_rows * max_pages
+        return is_long and len(self.plans) == num_kinds
+
 
 def decode_buffers(num_rows: int, max_pages: int, num_kinds: int, device: str) -> DecodeBuffers:
     """For up to so many decodes of up to so many pages each."""
@@ -274,9 +278,10 @@ def _check_workspace(kind: AttentionKind, num_rows: int, device: torch.device) -
         return
     is_cuda = device.type == "cuda"
     processors = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else _PROCESSORS
-    num_tiles = -(-num_rows * kind.num_heads // (kind.num_kv_heads * _TILE)) + num_rows - 1
-    num_tiles = max(2 * processors // kind.num_kv_heads, num_tiles)
-    if kind.num_heads * num_tiles * _TILE * (kind.head_dim + 1) * 4 > WORKSPACE_BYTES:
+    group = kind.num_heads // kind.num_kv_heads
+    tile = next(size for size in _TILES if group <= size or size == _TILES[-1])
+    num_tiles = max(2 * processors // kind.num_kv_heads, -(-num_rows * group // tile) + num_rows - 1)
+    if kind.num_heads * num_tiles * tile * (kind.head_dim + 1) * 4 > WORKSPACE_BYTES:
         raise Unsupported(
             f"scheduler.max_running_requests {num_rows}: partial results of so many decodes with {kind.num_heads} heads of "
             f"{kind.head_dim} do not fit in the {WORKSPACE_BYTES >> 20} MiB that there are for them; lower it"

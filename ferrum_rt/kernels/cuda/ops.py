@@ -73,7 +73,7 @@ class CudaOps(ReferenceOps):
         """For a CUDA graph of ``num_rows`` decodes of up to ``max_pages`` pages each; make the largest first, whose buffers
         the others use too. Raises Unsupported."""
         held = self._decode_buffers
-        if held is None or len(held.last_page_len) < num_rows or len(held.indices) < num_rows * max_pages:
+        if held is None or not held.has_room(num_rows, max_pages, len(kinds)):
             held = self._decode_buffers = decode_buffers(num_rows, max_pages, len(kinds), self.device)
         return DecodeAttention(self._setup, held, num_rows, kinds)
 
