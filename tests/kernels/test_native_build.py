@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,18 @@ def loaded() -> Path:
     kernels = load_kernels()
     assert kernels is not None
     return kernels.library
+
+
+def test_two_at_once_compile_once(compiler: Path, tmp_path: Path) -> None:
+    """Who comes second waits for the first, and takes what that has compiled."""
+    runs = tmp_path / "runs"
+    compiler.write_text(compiler.read_text().replace("\nwhile", f"\necho $$ >> {shlex.quote(str(runs))}\nwhile", 1))
+    (tmp_path / "kernels").mkdir()
+    with ThreadPoolExecutor(4) as threads:
+        libraries = set(threads.map(lambda _: build(tmp_path / "kernels", ("-march=native",)), range(4)))
+    assert libraries == set((tmp_path / "kernels").glob("*.so"))
+    num_asked, num_sources = 4, len(list(SOURCES.glob("*.cpp")))
+    assert len(runs.read_text().split()) == num_asked + num_sources + 1  # for its version; and it links
 
 
 def test_the_best_that_came_with_the_package_is_loaded(compiler: Path, tmp_path: Path) -> None:

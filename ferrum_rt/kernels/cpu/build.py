@@ -1,6 +1,7 @@
 """The native kernels: compiled when they are first needed, for the processor at hand, and kept in the user's cache; or
 compiled ahead, for a named instruction set, and shipped with the package."""
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -8,8 +9,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -99,9 +101,23 @@ def build(directory: Path, target: tuple[str, ...], compiler: str | None = None)
     # What -march=native means hangs on the processor: a home directory may be shared between machines.
     library = directory / f"cpu-{_fingerprint([*command, version.decode(), *_processor().values()])}.so"
     if not library.is_file():
-        logger.info("compiling the CPU kernels with %s; this happens once", command[0])
-        _compile(command, library)
+        with _alone(directory):
+            if not library.is_file():  # nobody else has compiled it meanwhile
+                logger.info("compiling the CPU kernels with %s; this happens once", command[0])
+                _compile(command, library)
     return library
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """One process at a time: a compiler takes all cores for a minute. Where files cannot be locked, all go at once."""
+    opened = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)  # which gives the lock back
 
 
 def build_ahead(name: str) -> Path:
