@@ -1,6 +1,5 @@
 """What the commands write to the terminal."""
 
-import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -37,13 +36,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         )
         for line in lines
     )
-
-
-def seconds(value: float) -> str:
-    """As people read a time: ``12.3 ms`` or ``1.23 s``; a dash for one that there is not."""
-    if math.isnan(value):
-        return "-"
-    return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.2f} s"
 
 
 def discard_stdout() -> None:

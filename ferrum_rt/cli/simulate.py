@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import msgspec
 
 from ferrum_rt.cli.options import UsageError, given_options, option_name
-from ferrum_rt.cli.output import facts, seconds, table
+from ferrum_rt.cli.output import facts, table
 from ferrum_rt.cli.simulate_options import DRAWN
 from ferrum_rt.interfaces.config import EngineConfig, build_config, load_config
 from ferrum_rt.interfaces.types import Arrival
+from ferrum_rt.load.shown import seconds
 from ferrum_rt.runtime.simulation.capacity import simulate_capacity
 from ferrum_rt.runtime.simulation.engine import StepCosts
 from ferrum_rt.runtime.simulation.reports import CapacityReport, ClientReport, Level, Objectives, Percentiles

@@ -4,7 +4,9 @@ import math
 
 
 def seconds(value: float) -> str:
-    """``51.2 µs``, ``12.3 ms``, ``4.56 s``."""
+    """``51.2 µs``, ``12.3 ms``, ``4.56 s``; a dash for a time that there is not."""
+    if math.isnan(value):
+        return "-"
     for unit, least in (("s", 1.0), ("ms", 1e-3)):
         if abs(value) >= least:
             return f"{_digits(value / least)} {unit}"

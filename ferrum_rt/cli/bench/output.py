@@ -6,8 +6,9 @@ import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 
-from ferrum_rt.cli.output import facts, seconds, table
+from ferrum_rt.cli.output import facts, table
 from ferrum_rt.load.results import Estimate, Limits, LoadResult, Percentiles, RequestRecord, Summary, SweepResult
+from ferrum_rt.load.shown import seconds
 
 _DRAW_EVERY_S = 0.1
 
