@@ -5,12 +5,12 @@ from collections.abc import Container
 from typing import Any
 
 from ferrum_rt.interfaces.types import ClientId
-from ferrum_rt.runtime.cost_model import StepWork
-from ferrum_rt.runtime.pace import Pace
-from ferrum_rt.runtime.roster import Roster
-from ferrum_rt.runtime.scheduler import UnifiedScheduler
-from ferrum_rt.runtime.sequence import Sequence
-from ferrum_rt.runtime.waiting import WaitingQueue
+from ferrum_rt.runtime.scheduling.cost_model import StepWork
+from ferrum_rt.runtime.scheduling.pace import Pace
+from ferrum_rt.runtime.scheduling.roster import Roster
+from ferrum_rt.runtime.scheduling.scheduler import UnifiedScheduler
+from ferrum_rt.runtime.scheduling.sequence import Sequence
+from ferrum_rt.runtime.scheduling.waiting import WaitingQueue
 
 
 class _Queue(WaitingQueue):

@@ -19,7 +19,7 @@ import ferrum_rt
 from bench._common import Spread, finish, machine, progress, spread, table
 from ferrum_rt.kernels.cpu import NativeOps, load_kernels
 from ferrum_rt.kernels.cpu.program import BatchSizes, Program
-from ferrum_rt.runtime.step_runner import MAX_ROUNDS
+from ferrum_rt.runtime.execution.step_runner import MAX_ROUNDS
 
 GOAL_US = 300.0
 PROMPT = [ord(letter) for letter in "def __init__(self"]
@@ -58,7 +58,7 @@ async def measure(max_rounds: int, args: argparse.Namespace) -> dict[int, list[M
     found: dict[int, list[Measured]] = {batch: [] for batch in args.batch}
     clock = Clock()
     with (
-        patch("ferrum_rt.runtime.executor.MAX_ROUNDS", max_rounds),
+        patch("ferrum_rt.runtime.execution.executor.MAX_ROUNDS", max_rounds),
         patch.object(NativeOps, "run", lambda *call: clock.run(*call)),
     ):
         async with ferrum_rt.open_runtime(

@@ -29,9 +29,9 @@ from ferrum_rt.interfaces.config import build_config
 from ferrum_rt.interfaces.sampler import SamplingConfig
 from ferrum_rt.interfaces.scheduler import BatchHint, SequenceRequest
 from ferrum_rt.interfaces.types import ClientId, EngineMetrics, Priority, RequestId, TokenId
-from ferrum_rt.runtime.pages import PagedKvCache
 from ferrum_rt.runtime.runtime import Runtime
-from ferrum_rt.runtime.scheduler import UnifiedScheduler
+from ferrum_rt.runtime.scheduling.pages import PagedKvCache
+from ferrum_rt.runtime.scheduling.scheduler import UnifiedScheduler
 from tests.fakes.executor import FakeExecutor, fake_model
 
 NUM_PROMPT_TOKENS = 16

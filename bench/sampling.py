@@ -69,9 +69,9 @@ class Bench:
         import torch
 
         from ferrum_rt.interfaces.config import build_config
-        from ferrum_rt.runtime.executor import DecoderExecutor
-        from ferrum_rt.runtime.loader import load_model
-        from ferrum_rt.runtime.step_runner import RecordedRunner
+        from ferrum_rt.runtime.execution.executor import DecoderExecutor
+        from ferrum_rt.runtime.execution.step_runner import RecordedRunner
+        from ferrum_rt.runtime.loading.loader import load_model
 
         with tempfile.TemporaryDirectory(prefix="ferrum-bench-") as directory:
             Path(directory, "config.json").write_text(json.dumps(config), encoding="utf-8")

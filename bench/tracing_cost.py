@@ -59,8 +59,8 @@ from ferrum_rt.interfaces.types import TokenId
 from ferrum_rt.runtime import generation, runtime
 from ferrum_rt.runtime.runtime import Runtime, open_runtime
 from ferrum_rt.runtime.step_trace import StepTrace
+from ferrum_rt.runtime.threads.worker import finished
 from ferrum_rt.runtime.tracing import RequestTrace
-from ferrum_rt.runtime.worker import finished
 from tests.fakes.executor import FakeExecutor, fake_model
 from tests.fakes.telemetry import instruments_of, measured_by, traced_by
 

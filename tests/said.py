@@ -19,7 +19,7 @@ from ferrum_rt.interfaces import telemetry as names
 from ferrum_rt.interfaces.errors import FerrumError
 from ferrum_rt.interfaces.types import ChatMessage, StreamChunk
 from ferrum_rt.runtime.generation import Generation
-from ferrum_rt.runtime.output_text import OutputText
+from ferrum_rt.runtime.text.output_text import OutputText
 
 REPORTED_TO = "FERRUM_TESTS_SAID"
 """A variable of the environment."""

@@ -131,7 +131,7 @@ def _cuda_device() -> str | None:
 
 def _what_cuda_lacks() -> str | None:
     try:
-        from ferrum_rt.runtime.cuda_backend import what_cuda_lacks
+        from ferrum_rt.runtime.loading.cuda_backend import what_cuda_lacks
 
         return what_cuda_lacks()
     except Exception as error:

@@ -24,7 +24,7 @@ from ferrum_rt.daemon.socket_file import claim
 from ferrum_rt.daemon.telemetry import exported
 from ferrum_rt.interfaces.config import EngineConfig
 from ferrum_rt.interfaces.errors import ConfigError
-from ferrum_rt.runtime.loader import LoadedModel, load_model
+from ferrum_rt.runtime.loading.loader import LoadedModel, load_model
 from ferrum_rt.runtime.runtime import Runtime
 
 STOPPED, ENGINE_FAILED = 0, 1

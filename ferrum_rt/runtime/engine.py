@@ -11,7 +11,7 @@ from anyio.streams.memory import MemoryObjectSendStream
 from ferrum_rt.interfaces.errors import BackendError, EngineFailed, as_ferrum_error
 from ferrum_rt.interfaces.model_executor import ModelExecutor, StepOutput
 from ferrum_rt.interfaces.scheduler import BatchHint, BatchPlan, Scheduler, SequenceUpdate
-from ferrum_rt.runtime.worker import Job, Worker
+from ferrum_rt.runtime.threads.worker import Job, Worker
 
 _RETRY_S = 0.01
 # Rounds of decodes in one step take about so many times as long as the loop takes to come back to us, within bounds: new

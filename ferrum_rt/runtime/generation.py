@@ -19,8 +19,8 @@ from ferrum_rt.interfaces.types import (
     TokenId,
     TokenLogprobs,
 )
-from ferrum_rt.runtime.output_text import OutputText, TokenOffsets
-from ferrum_rt.runtime.tool_calls import ToolCallParser, ToolFormat
+from ferrum_rt.runtime.text.output_text import OutputText, TokenOffsets
+from ferrum_rt.runtime.text.tool_calls import ToolCallParser, ToolFormat
 from ferrum_rt.runtime.tracing import RequestTrace
 
 

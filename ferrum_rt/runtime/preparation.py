@@ -10,9 +10,9 @@ from ferrum_rt.interfaces.errors import BackendError, FerrumError, ResourceExhau
 from ferrum_rt.interfaces.grammar import Grammar
 from ferrum_rt.interfaces.types import InferenceRequest
 from ferrum_rt.runtime.generation import Generation
-from ferrum_rt.runtime.loader import LoadedModel
+from ferrum_rt.runtime.loading.loader import LoadedModel
 from ferrum_rt.runtime.resolve import EncodedRequest, compile_grammar, encode, has_text, is_constrained
-from ferrum_rt.runtime.worker import Worker
+from ferrum_rt.runtime.threads.worker import Worker
 
 # Requests tokenized in one call.
 _TOKENIZE_AT_ONCE = 64

@@ -12,7 +12,7 @@ from ferrum_rt.interfaces.types import (
     RequestCounts,
     SchedulerStats,
 )
-from ferrum_rt.runtime.worker import Worker
+from ferrum_rt.runtime.threads.worker import Worker
 
 
 def engine_status(

@@ -12,8 +12,8 @@ from ferrum_rt.interfaces.sampler import SamplingConfig
 from ferrum_rt.interfaces.scheduler import SequenceRequest
 from ferrum_rt.interfaces.tokenizer import Tokenizer
 from ferrum_rt.interfaces.types import ChatMessage, InferenceRequest, Prompt, SamplingParams, TokenId
-from ferrum_rt.runtime.loader import LoadedModel
-from ferrum_rt.runtime.tool_calls import tool_constraint
+from ferrum_rt.runtime.loading.loader import LoadedModel
+from ferrum_rt.runtime.text.tool_calls import tool_constraint
 
 
 class EncodedRequest(msgspec.Struct, frozen=True):

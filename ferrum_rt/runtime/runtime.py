@@ -47,23 +47,23 @@ from ferrum_rt.interfaces.types import (
     SessionId,
     StreamChunk,
 )
-from ferrum_rt.runtime.admission import AdmissionPolicy
 from ferrum_rt.runtime.arrivals import MAX_ARRIVALS, ArrivalLog
 from ferrum_rt.runtime.chunk_stream import ChunkStream
 from ferrum_rt.runtime.engine import EngineLoop
 from ferrum_rt.runtime.generation import Generation
 from ferrum_rt.runtime.instruments import record, watch
-from ferrum_rt.runtime.lag import LoopLag
-from ferrum_rt.runtime.loader import LoadedModel, load_model
-from ferrum_rt.runtime.pages import PagedKvCache
+from ferrum_rt.runtime.loading.loader import LoadedModel, load_model
 from ferrum_rt.runtime.preparation import Preparation
 from ferrum_rt.runtime.pressure import PressureWatch
 from ferrum_rt.runtime.reports import engine_health, engine_status
 from ferrum_rt.runtime.resolve import EncodedRequest, resolve
-from ferrum_rt.runtime.scheduler import UnifiedScheduler
-from ferrum_rt.runtime.sessions import Sessions
+from ferrum_rt.runtime.scheduling.admission import AdmissionPolicy
+from ferrum_rt.runtime.scheduling.pages import PagedKvCache
+from ferrum_rt.runtime.scheduling.scheduler import UnifiedScheduler
+from ferrum_rt.runtime.scheduling.sessions import Sessions
 from ferrum_rt.runtime.step_trace import StepTrace
-from ferrum_rt.runtime.worker import Worker
+from ferrum_rt.runtime.threads.lag import LoopLag
+from ferrum_rt.runtime.threads.worker import Worker
 
 # Updates turned into text before the loop is yielded to others.
 _DETOKENIZE_AT_ONCE = 256

@@ -13,7 +13,7 @@ from tests.daemon.serving import daemon, server
 from tests.daemon.test_quotas import NOBODY, US, as_root, connected_as, open_directory
 from tests.daemon.test_session import HELLO, ask, connected
 from tests.runtime.engines import until
-from tests.runtime.schedules import Schedule
+from tests.runtime.scheduling.schedules import Schedule
 
 __all__ = ["open_directory"]  # a fixture
 

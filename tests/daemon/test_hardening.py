@@ -38,7 +38,7 @@ from ferrum_rt.ipc.messages import (
     WireRequest,
     WireSampling,
 )
-from ferrum_rt.runtime.worker import finished
+from ferrum_rt.runtime.threads.worker import finished
 from tests.daemon.serving import server
 from tests.daemon.test_session import HELLO, Peer, ask, connected
 from tests.fakes.executor import FakeExecutor

@@ -36,8 +36,8 @@ from ferrum_rt.interfaces.config import EngineConfig
 from ferrum_rt.interfaces.errors import FerrumError
 from ferrum_rt.interfaces.model_executor import StepInput, StepOutput
 from ferrum_rt.runtime.generation import Generation
-from ferrum_rt.runtime.loader import LoadedModel
-from ferrum_rt.runtime.worker import finished
+from ferrum_rt.runtime.loading.loader import LoadedModel
+from ferrum_rt.runtime.threads.worker import finished
 from tests.fakes.executor import FakeExecutor, fake_model
 from tests.said import REPORTED_TO, Reported, follow
 

@@ -24,9 +24,9 @@ from ferrum_rt.interfaces.types import (
     TokenId,
     Tool,
 )
-from ferrum_rt.runtime.loader import LoadedModel
+from ferrum_rt.runtime.loading.loader import LoadedModel
 from ferrum_rt.runtime.simulation.digests import Answer, DigestMemory, printable
-from ferrum_rt.runtime.worker import finished
+from ferrum_rt.runtime.threads.worker import finished
 
 EOS = TokenId(256)
 VOCAB_SIZE = 257

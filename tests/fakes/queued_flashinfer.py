@@ -10,7 +10,7 @@ from torch import Tensor
 from ferrum_rt.interfaces.types import DataType
 from ferrum_rt.kernels.cuda import CudaOps
 from ferrum_rt.kernels.cuda.sampling import draw_in_graph
-from ferrum_rt.runtime.cuda_backend import CudaBackend
+from ferrum_rt.runtime.loading.cuda_backend import CudaBackend
 from tests.fakes import flashinfer
 from tests.fakes.device import EmulatedDevice, poison
 

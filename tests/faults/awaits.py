@@ -21,7 +21,7 @@ _KINDS = ("await", "enter", "exit")  # by the argument of GET_AWAITABLE
 
 
 def all_awaits() -> set[str]:
-    """The name of each, as ``runtime/worker.py Job.wait: await self._done.wait()``. An ``async with`` is two."""
+    """The name of each, as ``runtime/threads/worker.py Job.wait: await self._done.wait()``. An ``async with`` is two."""
     paths = [path for folder in FOLDERS for path in sorted((PACKAGE / folder).rglob("*.py"))]
     return {name for path in paths for _, _, name in _awaits_in(str(path))}
 

@@ -36,9 +36,9 @@ from ferrum_rt.interfaces.types import ChatMessage, FinishReason, RequestId, Ses
 from ferrum_rt.ipc.client import connect
 from ferrum_rt.ipc.framing import encode
 from ferrum_rt.ipc.messages import Hello
-from ferrum_rt.runtime.chat_template import ChatTemplate
-from ferrum_rt.runtime.loader import LoadedModel
+from ferrum_rt.runtime.loading.loader import LoadedModel
 from ferrum_rt.runtime.runtime import Runtime
+from ferrum_rt.runtime.text.chat_template import ChatTemplate
 from tests.daemon.serving import daemon
 from tests.fakes.daemon import _BrokenExecutor, daemon_process
 from tests.fakes.executor import fake_model

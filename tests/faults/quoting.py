@@ -8,7 +8,7 @@ import msgspec
 
 from ferrum_rt.interfaces.config import EngineConfig, build_config
 from ferrum_rt.interfaces.types import ResponseFormat, TokenId
-from ferrum_rt.runtime.loader import LoadedModel
+from ferrum_rt.runtime.loading.loader import LoadedModel
 from ferrum_rt.runtime.runtime import Runtime
 from tests.fakes.executor import ByteDecoder, ByteTokenizer, fake_model
 from tests.fakes.grammar import FakeGrammar, FakeGrammarCompiler

@@ -15,7 +15,7 @@ from ferrum_rt.interfaces.errors import Cancelled, DeadlineExceeded
 from ferrum_rt.interfaces.requests import build_request
 from ferrum_rt.interfaces.types import ChatMessage, FinishReason, InferenceRequest, RequestId
 from ferrum_rt.runtime.generation import Generation
-from ferrum_rt.runtime.loader import LoadedModel
+from ferrum_rt.runtime.loading.loader import LoadedModel
 from ferrum_rt.runtime.runtime import Runtime
 from ferrum_rt.runtime.simulation.digests import expected_tokens
 from tests.fakes.executor import FakeExecutor, fake_model

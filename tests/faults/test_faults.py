@@ -17,11 +17,11 @@ from ferrum_rt.interfaces.errors import Cancelled, DeadlineExceeded, EngineFaile
 from ferrum_rt.interfaces.kv_cache import AllocationRequest, KvCacheFork, KvCacheHandle
 from ferrum_rt.interfaces.model_executor import StepInput, StepOutput
 from ferrum_rt.interfaces.types import FinishReason, InferenceResponse
-from ferrum_rt.runtime import lag
 from ferrum_rt.runtime import runtime as runtime_module
-from ferrum_rt.runtime.pages import PagedKvCache
 from ferrum_rt.runtime.runtime import Runtime
+from ferrum_rt.runtime.scheduling.pages import PagedKvCache
 from ferrum_rt.runtime.simulation.digests import expected_tokens
+from ferrum_rt.runtime.threads import lag
 from tests.fakes.executor import FakeExecutor, fake_model
 from tests.runtime.engines import fake_engine, text_after, until
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ferrum_rt.runtime.cuda_backend import what_cuda_lacks
+from ferrum_rt.runtime.loading.cuda_backend import what_cuda_lacks
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

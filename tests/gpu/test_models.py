@@ -15,8 +15,8 @@ from ferrum_rt.interfaces.errors import DeadlineExceeded, ModelError
 from ferrum_rt.interfaces.types import Device
 from ferrum_rt.kernels.batch import QuerySpan, TokenBatch, allocate_pages
 from ferrum_rt.kernels.reference import ReferenceOps
-from ferrum_rt.runtime.json_file import read_json
-from ferrum_rt.runtime.loader import DEMO_MODEL
+from ferrum_rt.runtime.loading.json_file import read_json
+from ferrum_rt.runtime.loading.loader import DEMO_MODEL
 from ferrum_rt.runtime.models.decoder import Decoder, load_weights
 from ferrum_rt.runtime.models.families import parse_config
 from ferrum_rt.runtime.models.weights import CheckpointReader

@@ -30,14 +30,15 @@ if TYPE_CHECKING:
     from ferrum_rt.kernels.cpu import NativeOps, TorchCpuOps
     from ferrum_rt.kernels.cuda.ops import CudaOps
     from ferrum_rt.kernels.reference import ReferenceOps
-    from ferrum_rt.runtime.cuda_executor import CudaExecutor
-    from ferrum_rt.runtime.detokenizer import IncrementalDecoder, WindowDecoder
-    from ferrum_rt.runtime.executor import DecoderExecutor
-    from ferrum_rt.runtime.pages import PagedKvCache
+    from ferrum_rt.runtime.execution.cuda_executor import CudaExecutor
+    from ferrum_rt.runtime.execution.executor import DecoderExecutor
+    from ferrum_rt.runtime.execution.sampler import BatchSampler
+    from ferrum_rt.runtime.loading.tokenizer_files import HfTokenizerFactory
     from ferrum_rt.runtime.runtime import Runtime
-    from ferrum_rt.runtime.sampler import BatchSampler
-    from ferrum_rt.runtime.scheduler import UnifiedScheduler
-    from ferrum_rt.runtime.tokenizer import HfTokenizer, HfTokenizerFactory
+    from ferrum_rt.runtime.scheduling.pages import PagedKvCache
+    from ferrum_rt.runtime.scheduling.scheduler import UnifiedScheduler
+    from ferrum_rt.runtime.text.detokenizer import IncrementalDecoder, WindowDecoder
+    from ferrum_rt.runtime.text.tokenizer import HfTokenizer
 
     # What the tests below see of a signature is its names; mypy compares the types here.
     _engine: type[InferenceEngine] = Runtime

@@ -13,7 +13,7 @@ from torch import Tensor
 from ferrum_rt.interfaces.sampler import SamplingConfig, SamplingContext, SequenceHistory
 from ferrum_rt.kernels.cpu import NativeOps
 from ferrum_rt.kernels.cpu.ops import Draws
-from ferrum_rt.runtime.sampler import BatchSampler
+from ferrum_rt.runtime.execution.sampler import BatchSampler
 from tests.kernels.targets import every_target, kernels_for, needed_kernels
 
 HISTORY = SequenceHistory(token_ids=[], num_prompt_tokens=0)

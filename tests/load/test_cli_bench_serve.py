@@ -22,7 +22,7 @@ from ferrum_rt.interfaces.config import EngineConfig
 from ferrum_rt.load.results import LoadResult, SweepResult
 from ferrum_rt.load.shown import seconds
 from ferrum_rt.load.spans import SpanRecorder, faults, request_trees
-from ferrum_rt.runtime.loader import LoadedModel
+from ferrum_rt.runtime.loading.loader import LoadedModel
 from ferrum_rt.runtime.runtime import Runtime
 from tests.command_line import FERRUM_RT, LIMIT_S, Cli, Result, assert_one_error, start
 from tests.fakes.executor import FakeExecutor, fake_model

@@ -7,8 +7,8 @@ from typing import Any
 
 from ferrum_rt.interfaces.config import build_config
 from ferrum_rt.interfaces.types import DataType
-from ferrum_rt.runtime.cuda_backend import CudaBackend
-from ferrum_rt.runtime.loader import load_model
+from ferrum_rt.runtime.loading.cuda_backend import CudaBackend
+from ferrum_rt.runtime.loading.loader import load_model
 from ferrum_rt.runtime.runtime import Runtime
 from tests.fakes.cuda_model import StandInOps, draw_stand_in
 from tests.fakes.device import EmulatedDevice

@@ -8,7 +8,7 @@ import anyio
 import anyio.lowlevel
 
 from ferrum_rt.interfaces.config import EngineConfig, build_config
-from ferrum_rt.runtime.loader import LoadedModel
+from ferrum_rt.runtime.loading.loader import LoadedModel
 from ferrum_rt.runtime.runtime import Runtime
 from ferrum_rt.runtime.simulation.digests import expected_tokens
 from tests.fakes.executor import FakeExecutor, fake_model

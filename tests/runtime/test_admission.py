@@ -12,7 +12,7 @@ from ferrum_rt.interfaces.errors import FerrumError
 from ferrum_rt.interfaces.requests import build_request
 from ferrum_rt.interfaces.types import ResponseFormat, StreamChunk
 from ferrum_rt.runtime.generation import Generation
-from ferrum_rt.runtime.loader import LoadedModel
+from ferrum_rt.runtime.loading.loader import LoadedModel
 from ferrum_rt.runtime.runtime import Runtime
 from tests.fakes.executor import FakeExecutor, fake_model
 from tests.fakes.grammar import FakeGrammar, FakeGrammarCompiler

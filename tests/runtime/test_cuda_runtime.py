@@ -10,7 +10,7 @@ import torch
 import ferrum_rt
 from ferrum_rt import EngineFailed, InferenceResponse
 from ferrum_rt.interfaces.types import Device
-from ferrum_rt.runtime.cuda_executor import CudaExecutor
+from ferrum_rt.runtime.execution.cuda_executor import CudaExecutor
 from ferrum_rt.runtime.runtime import Runtime
 from tests.fakes.device import EmulatedDevice, EmulatedGraph
 from tests.runtime.cuda_engines import emulated_engine

@@ -15,17 +15,17 @@ from ferrum_rt.interfaces.config import build_config
 from ferrum_rt.interfaces.errors import ModelError
 from ferrum_rt.kernels.cuda import CudaOps
 from ferrum_rt.kernels.reference import ReferenceOps
-from ferrum_rt.runtime.json_file import read_json
-from ferrum_rt.runtime.loader import DEMO_MODEL, load_model
+from ferrum_rt.runtime.loading.json_file import read_json
+from ferrum_rt.runtime.loading.loader import DEMO_MODEL, load_model
+from ferrum_rt.runtime.loading.tokenizer_files import HfTokenizerFactory
 from ferrum_rt.runtime.models.decoder import load_weights
 from ferrum_rt.runtime.models.families import parse_config
 from ferrum_rt.runtime.models.weights import DummyReader
 from ferrum_rt.runtime.runtime import Runtime
-from ferrum_rt.runtime.tokenizer import HfTokenizerFactory
 from tests.fakes import flashinfer as emulation
 from tests.fakes.device import EmulatedDevice
 from tests.fakes.queued_flashinfer import queued_backend
-from tests.runtime.test_cuda_decoder import BLOCK_SIZE, PROMPTS, Loop
+from tests.runtime.models.test_cuda_decoder import BLOCK_SIZE, PROMPTS, Loop
 
 NUM_TOKENS = 24
 

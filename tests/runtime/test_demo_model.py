@@ -19,10 +19,10 @@ from ferrum_rt.interfaces.model_executor import PageSwap, SlotAssignment, StepIn
 from ferrum_rt.interfaces.requests import RequestFields
 from ferrum_rt.interfaces.sampler import SamplingConfig
 from ferrum_rt.interfaces.scheduler import BatchPlan, SequenceUpdate
-from ferrum_rt.runtime.executor import DecoderExecutor
-from ferrum_rt.runtime.loader import load_model
+from ferrum_rt.runtime.execution.executor import DecoderExecutor
+from ferrum_rt.runtime.execution.step_rows import parts_of
+from ferrum_rt.runtime.loading.loader import load_model
 from ferrum_rt.runtime.runtime import Runtime, open_runtime
-from ferrum_rt.runtime.step_rows import parts_of
 
 PROMPTS = ["def ", "import ", "class ", "    for i in range(", "# The ", "try:\n    ", "return ", '"""Return ']
 

@@ -14,18 +14,18 @@ from ferrum_rt.interfaces.errors import ModelError
 from ferrum_rt.interfaces.types import DataType, TokenId
 from ferrum_rt.kernels.int8 import Int8Linear
 from ferrum_rt.kernels.reference import Linear, ReferenceOps
-from ferrum_rt.runtime.json_file import read_json
-from ferrum_rt.runtime.loader import DEMO_MODEL, load_model
+from ferrum_rt.runtime.loading.json_file import read_json
+from ferrum_rt.runtime.loading.loader import DEMO_MODEL, load_model
+from ferrum_rt.runtime.loading.tokenizer_files import HfTokenizerFactory
 from ferrum_rt.runtime.models.decoder import DenseMlp, Weights, load_weights
 from ferrum_rt.runtime.models.families import parse_config
 from ferrum_rt.runtime.models.weights import CheckpointReader
 from ferrum_rt.runtime.runtime import open_runtime
-from ferrum_rt.runtime.tokenizer import HfTokenizerFactory
 from tests.checkpoints import FAMILIES, save_checkpoint, save_tokenizer
 
 PROMPT = [TokenId((7 * index) % 300 + 3) for index in range(40)]
 # Python, as the demo model was trained on, of about 7,000 tokens.
-TEXT = Path(ferrum_rt.__file__).parent / "runtime" / "scheduler.py"
+TEXT = Path(ferrum_rt.__file__).parent / "runtime" / "scheduling" / "scheduler.py"
 
 
 def weights_in_int8(directory: Path) -> Weights:

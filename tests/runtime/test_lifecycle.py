@@ -10,7 +10,7 @@ import pytest
 
 from ferrum_rt import Cancelled, EngineConfig, TokenizerError
 from ferrum_rt.interfaces.types import EngineState
-from ferrum_rt.runtime.loader import LoadedModel
+from ferrum_rt.runtime.loading.loader import LoadedModel
 from ferrum_rt.runtime.runtime import Runtime
 from tests.runtime.engines import fake_engine, text_after, until
 

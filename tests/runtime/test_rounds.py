@@ -11,14 +11,14 @@ from ferrum_rt.interfaces.errors import BackendError
 from ferrum_rt.interfaces.model_executor import DecodeOutput, StepOutput
 from ferrum_rt.interfaces.sampler import SampledToken, SamplingConfig
 from ferrum_rt.interfaces.scheduler import BatchHint, BatchPlan, SequenceRequest, SequenceUpdate
-from ferrum_rt.runtime import step_runner
-from ferrum_rt.runtime.executor import DecoderExecutor
-from ferrum_rt.runtime.output_text import OutputText
-from ferrum_rt.runtime.pages import PagedKvCache
+from ferrum_rt.runtime.execution import step_runner
+from ferrum_rt.runtime.execution.executor import DecoderExecutor
+from ferrum_rt.runtime.execution.step_rows import StepRows
 from ferrum_rt.runtime.runtime import open_runtime
-from ferrum_rt.runtime.scheduler import UnifiedScheduler
+from ferrum_rt.runtime.scheduling.pages import PagedKvCache
+from ferrum_rt.runtime.scheduling.scheduler import UnifiedScheduler
 from ferrum_rt.runtime.simulation.digests import DigestMemory, expected_tokens
-from ferrum_rt.runtime.step_rows import StepRows
+from ferrum_rt.runtime.text.output_text import OutputText
 from tests.fakes.executor import EOS, ByteTokenizer
 from tests.runtime.engines import fake_engine
 
@@ -259,7 +259,7 @@ async def compare_with_single_steps(temperatures: Sequence[float], monkeypatch: 
     together = await ask()
     assert rounds
     monkeypatch.setattr(step_runner, "MAX_ROUNDS", 1)
-    monkeypatch.setattr("ferrum_rt.runtime.executor.MAX_ROUNDS", 1)
+    monkeypatch.setattr("ferrum_rt.runtime.execution.executor.MAX_ROUNDS", 1)
     rounds.clear()
     assert await ask() == together
     assert not rounds

@@ -25,7 +25,7 @@ from ferrum_rt import (
 from ferrum_rt.interfaces.model_executor import StepInput, StepOutput
 from ferrum_rt.runtime.runtime import Runtime
 from ferrum_rt.runtime.simulation.digests import expected_tokens
-from ferrum_rt.runtime.worker import finished
+from ferrum_rt.runtime.threads.worker import finished
 from tests.fakes.executor import EOS, FakeExecutor, fake_model
 from tests.runtime.engines import fake_engine, text_after, until
 

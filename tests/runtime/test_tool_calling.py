@@ -12,7 +12,7 @@ import ferrum_rt
 from ferrum_rt.interfaces.errors import RequestValidationError, Unsupported
 from ferrum_rt.interfaces.responses import assemble
 from ferrum_rt.interfaces.types import ChatMessage, FunctionCall, ToolCall
-from ferrum_rt.runtime.loader import DEMO_MODEL
+from ferrum_rt.runtime.loading.loader import DEMO_MODEL
 
 pytestmark = pytest.mark.slow
 

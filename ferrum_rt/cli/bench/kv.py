@@ -16,15 +16,15 @@ from ferrum_rt.interfaces.config import EngineConfig
 from ferrum_rt.interfaces.errors import ModelError, Unsupported
 from ferrum_rt.interfaces.kv_dtype import KvDtypeKind
 from ferrum_rt.interfaces.types import ModelInfo, TokenId
-from ferrum_rt.runtime.json_file import read_json
-from ferrum_rt.runtime.load_job import bytes_per_page
-from ferrum_rt.runtime.loader import resolve_model
+from ferrum_rt.runtime.loading.json_file import read_json
+from ferrum_rt.runtime.loading.load_job import bytes_per_page
+from ferrum_rt.runtime.loading.loader import resolve_model
+from ferrum_rt.runtime.loading.tokenizer_files import HfTokenizerFactory
 from ferrum_rt.runtime.models.families import parse_config
-from ferrum_rt.runtime.tokenizer import HfTokenizerFactory
 
 _BASE = KvDtypeKind.BFLOAT16
 _OTHERS = (KvDtypeKind.FLOAT16, KvDtypeKind.FP8, KvDtypeKind.INT8)
-_TEXT = Path(ferrum_rt.__file__).parent / "runtime" / "scheduler.py"
+_TEXT = Path(ferrum_rt.__file__).parent / "runtime" / "scheduling" / "scheduler.py"
 
 
 class KvReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,10 +12,10 @@ from ferrum_rt.interfaces.model_executor import DecodeOutput, PrefillOutput, Ste
 from ferrum_rt.interfaces.sampler import SampledToken, SamplingConfig
 from ferrum_rt.interfaces.scheduler import BatchPlan, SequenceRequest, SequenceUpdate
 from ferrum_rt.interfaces.types import Arrival, ClientId, FinishReason, RequestId, TokenId
-from ferrum_rt.runtime.admission import AdmissionPolicy
-from ferrum_rt.runtime.cost_model import StepWork
-from ferrum_rt.runtime.pages import PagedKvCache
-from ferrum_rt.runtime.scheduler import UnifiedScheduler
+from ferrum_rt.runtime.scheduling.admission import AdmissionPolicy
+from ferrum_rt.runtime.scheduling.cost_model import StepWork
+from ferrum_rt.runtime.scheduling.pages import PagedKvCache
+from ferrum_rt.runtime.scheduling.scheduler import UnifiedScheduler
 from ferrum_rt.runtime.simulation.engine import SimulatedEngine, StepCosts
 from ferrum_rt.runtime.simulation.reports import (
     CapacityReport,

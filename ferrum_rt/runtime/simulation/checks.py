@@ -10,7 +10,7 @@ from ferrum_rt.interfaces.errors import BackendError, DeadlineExceeded
 from ferrum_rt.interfaces.model_executor import StepInput
 from ferrum_rt.interfaces.scheduler import Scheduler, SequenceRequest, SequenceUpdate
 from ferrum_rt.interfaces.types import FinishReason, RequestId, TokenId
-from ferrum_rt.runtime.pages import PagedKvCache
+from ferrum_rt.runtime.scheduling.pages import PagedKvCache
 from ferrum_rt.runtime.simulation.policies import PolicyChecks
 from ferrum_rt.runtime.simulation.violation import Invariant, Violation
 

@@ -9,7 +9,7 @@ import msgspec
 from ferrum_rt.interfaces.errors import BackendError
 from ferrum_rt.interfaces.model_executor import StepInput, StepOutput
 from ferrum_rt.interfaces.scheduler import BatchHint, BatchPlan, Scheduler, SequenceUpdate
-from ferrum_rt.runtime.cost_model import StepWork
+from ferrum_rt.runtime.scheduling.cost_model import StepWork
 
 
 class StepCosts(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,15 +20,15 @@ from ferrum_rt.interfaces.model_executor import StepInput, StepOutput
 from ferrum_rt.interfaces.sampler import SamplingConfig
 from ferrum_rt.interfaces.scheduler import BatchPlan, SequenceRequest, SequenceUpdate
 from ferrum_rt.interfaces.types import ClientId, Priority, RequestId, SessionId, TokenId
-from ferrum_rt.runtime.cost_model import StepWork
-from ferrum_rt.runtime.pages import PagedKvCache
-from ferrum_rt.runtime.scheduler import UnifiedScheduler
+from ferrum_rt.runtime.scheduling.cost_model import StepWork
+from ferrum_rt.runtime.scheduling.pages import PagedKvCache
+from ferrum_rt.runtime.scheduling.scheduler import UnifiedScheduler
+from ferrum_rt.runtime.scheduling.waiting import INPUT_WEIGHT, OUTPUT_WEIGHT
 from ferrum_rt.runtime.simulation.checks import Checker
 from ferrum_rt.runtime.simulation.digests import DigestMemory, WrongStep, expected_tokens
 from ferrum_rt.runtime.simulation.engine import SimulatedEngine, StepCosts
 from ferrum_rt.runtime.simulation.policies import PolicyChecks
 from ferrum_rt.runtime.simulation.violation import Invariant, Violation
-from ferrum_rt.runtime.waiting import INPUT_WEIGHT, OUTPUT_WEIGHT
 
 EOS = TokenId(0)
 MAX_TURNS = 20_000
